@@ -10,10 +10,12 @@ import contextlib
 import ctypes
 import importlib
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -52,6 +54,7 @@ class Child:
         self.control: Connection | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.restarts = 0
+        self._letters: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._clock = clock
         self._wait_s = _FIRST_WAIT_S
         self._started = 0.0
@@ -71,17 +74,13 @@ class Child:
             )
         self.control = Connection(ours.detach())
         self._started, self.due = self._clock(), None
+        self._letters = queue.SimpleQueue()
+        threading.Thread(target=_post, args=(self._letters, self.control), name=f"to-{self.name}", daemon=True).start()
         self.send(self.settings)
 
-    def send(self, message: object) -> bool:
-        """Give it a message; False where it is gone."""
-        if self.control is None:
-            return False
-        try:
-            self.control.send(message)
-        except OSError:
-            return False
-        return True
+    def send(self, message: object) -> None:
+        """Give it a message. Returns at once: a child that does not read never holds up the main process."""
+        self._letters.put(message)
 
     def receive(self) -> list[dict[str, Any]]:
         """What it has said, without waiting.
@@ -115,17 +114,24 @@ class Child:
         """Let it finish for so long, then kill it. Returns its exit status, None if it never ran."""
         if self.process is None:
             return None
-        if self.control is not None:
-            self.send(STOP)
+        self.send(STOP)
         try:
             status = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
+        self.send(None)
         if self.control is not None:
             self.control.close()
         self.control = self.process = None
         return status
+
+
+def _post(letters: queue.SimpleQueue[object], control: Connection) -> None:
+    """Carry letters to a child until there are no more or it is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        while (letter := letters.get()) is not None:
+            control.send(letter)
 
 
 def _environment() -> dict[str, str]:
