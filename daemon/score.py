@@ -73,6 +73,13 @@ SCORES: dict[str, Definition] = {
     "predicted_dice_high": Definition(
         "Upper conformal bound of predicted_dice", "1", 0.0, 1.0, "high"
     ),
+    "risk": Definition(
+        "Sum of weighted logarithms of the uncertainties, as the model's calibration says; only its order has a meaning",
+        "1",
+        None,
+        None,
+        "low",
+    ),
     "artefact_uncertainty": Definition(
         "Shaw 2021, Eq. 9: mean over the field of view of the sum of the artefact variances sigma_i^2",
         "1",
@@ -341,7 +348,7 @@ def score_reduced(reduced: Reduced, prepared: Prepared, card: Card) -> Scores:
     risk = None
     if calibration is not None:
         risk = risk_of(raw, calibration)
-        values |= predicted_dice(risk, calibration)
+        values |= {"risk": risk} | predicted_dice(risk, calibration)
         values["gm_volume_error_ml"] = volume_error_ml(
             reduced.gm_variance, interpolate(calibration.volume_width, risk)
         )
