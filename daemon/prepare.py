@@ -203,7 +203,7 @@ def _from_canonical(values: Array, affine: NDArray[np.float64]) -> Array:
     return np.ascontiguousarray(np.transpose(values, np.argsort(order)))
 
 
-def _overlap_weights(start: float, spacing: float, n: int, box_start: float, cells: int, cell_mm: float) -> Array:
+def overlap_weights(start: float, spacing: float, n: int, box_start: float, cells: int, cell_mm: float) -> Array:
     """(cells, n) share of each cell's length that each voxel covers: averaging, exact for any spacing."""
     cell_low = box_start + np.arange(cells)[:, None] * cell_mm
     voxel_low = start + np.arange(n)[None, :] * spacing
@@ -244,7 +244,7 @@ def _average(canonical: Canonical, box: Box) -> tuple[Array, Array]:
     """Mean of the voxels inside each cell and the share of the cell inside the field of view, both (D, H, W)."""
     weights, keeps = [], []
     for axis in range(3):
-        full = _overlap_weights(
+        full = overlap_weights(
             canonical.start_mm[axis],
             canonical.spacing_mm[axis],
             canonical.voxels.shape[axis],
