@@ -12,6 +12,7 @@ a scan whose grey matter cannot be found any more still has a score.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -174,6 +175,26 @@ THIRDS = (
 
 PROFILES = ("gm", "head", "region", "variance")
 
+SUMS = (
+    "fov_cells",
+    "gm_cells",
+    "region_cells",
+    "head_cells",
+    "task_region",
+    "entropy_fov",
+    "entropy_region",
+    "gm_sum",
+    "gm_variance",
+    "confidence_head",
+    "gm_intensity",
+    "gm_intensity_square",
+    "ring_cells",
+    "bright_cells",
+    "bright_intensity",
+    "affected_cells",
+)
+"""Order of the plain sums in the output of the reducing graph."""
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -211,6 +232,30 @@ class Reduced:
     bright_intensity: float
     affected_cells: float
     profiles: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+    @staticmethod
+    def from_sums(sums: Mapping[str, NDArray[np.floating]]) -> Reduced:
+        """Build from the outputs of the reducing graph: `sums` (as `SUMS`), `artefacts` (2, 5) and three profiles.
+
+        Raises:
+            ValueError: a sum that is not finite.
+        """
+        values = np.asarray(sums["sums"], dtype=np.float64).ravel()
+        artefacts = np.asarray(sums["artefacts"], dtype=np.float64)
+        if not (np.isfinite(values).all() and np.isfinite(artefacts).all()):
+            raise ValueError(
+                "a map holds values that are not finite; the engine or the model is at fault"
+            )
+        profiles = [
+            np.asarray(sums[name], dtype=np.float64)
+            for name in ("profile_r", "profile_a", "profile_s")
+        ]
+        return Reduced(
+            **{name: float(value) for name, value in zip(SUMS, values, strict=True)},
+            artefact_fov=artefacts[0],
+            artefact_region=artefacts[1],
+            profiles=(profiles[0], profiles[1], profiles[2]),
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,537 @@
+"""What can run the student's graph: ONNX Runtime (TensorRT, CUDA, CPU) and the OpenVINO runtime.
+
+An engine is anything with the methods of `Engine`: it takes the prepared image and gives tensors back by the names of the
+card. Nothing in it supposes that the graph runs in this process, so an engine that speaks the Open Inference Protocol v2
+(tensors by name, shape and datatype over HTTP or gRPC) fits the same interface.
+
+The precision is always set explicitly: OpenVINO takes bfloat16 by itself where the processor has it, and CUDA takes TF32.
+No engine falls back to another: what cannot run where it was asked to run is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daemon.card import ModelFile
+from daemon.words import Array
+
+Bucket = tuple[int, int, int]
+
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("fp32", "tf32", "fp16", "bf16"),
+    "cuda": ("fp32", "tf32"),
+    "openvino": ("fp32", "bf16"),
+    "cpu": ("fp32",),
+}
+"""Engines, best first, and the precisions each can be told to use."""
+
+OUTPUTS = ("gm_probability", "task_variance", "artefact_variance")
+
+MEMORY_FACTOR = {"cpu": 2.0, "openvino": 1.6, "cuda": 2.0, "tensorrt": 2.0}
+"""Measured peak over the live activations in float32 (docs/benchmarks.md); the rest is workspace and reordered copies."""
+
+
+class EngineError(Exception):
+    """An engine that cannot be used as asked; one line, with the remedy. The daemon stays up and is not ready."""
+
+
+class EngineMissing(EngineError):
+    """A library or a device is not there: install it, or choose another engine."""
+
+
+class PrecisionRefused(EngineError):
+    """A precision that the engine does not have or that parity has not admitted for this model."""
+
+
+class MemoryShort(EngineError):
+    """A bucket does not fit the memory: free some, or raise the limit."""
+
+
+class EngineFailed(EngineError):
+    """The engine was there and failed."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What every result says about the engine.
+
+    Attributes:
+        engine: `tensorrt`, `cuda`, `openvino` or `cpu`.
+        provider: name that the runtime gives itself, with its version.
+        precision: `fp32`, `tf32`, `fp16` or `bf16`.
+        device: processor or GPU.
+    """
+
+    engine: str
+    provider: str
+    precision: str
+    device: str
+
+
+class Engine(Protocol):
+    """One way to run the graph. Tensors go in and come out by the names of the card."""
+
+    facts: EngineFacts
+
+    def load(self, bucket: Bucket) -> None:
+        """Compile for one input shape and bind its buffers; done before the first series, never while one waits."""
+
+    def run(self, image: Array) -> dict[str, Array]:
+        """Run one image of a loaded bucket, (D, H, W) float32 C-contiguous.
+
+        Returns:
+            Output name -> (channels, D, H, W) float32; valid until the next call.
+        """
+
+    def reduce(
+        self, image: Array, masks: NDArray[np.float32], affected_variance: float
+    ) -> dict[str, Array] | None:
+        """Run one image and give back only the sums of its maps, computed where the maps are; None: not offered."""
+
+
+def thread_count(wanted: int) -> int:
+    """Threads to compute with: as set, else the cores this process may use."""
+    return wanted if wanted > 0 else len(os.sched_getaffinity(0))
+
+
+def processor_name() -> str:
+    """Model of the processor from /proc/cpuinfo, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [
+        line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+    ]
+    return names[0] if names else os.uname().machine
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: of the machine, or of its control group where that is less."""
+    fields = dict(
+        line.split(":", 1)
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if ":" in line
+    )
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        return free if limit == "max" else min(free, int(limit) - used)
+    except (OSError, ValueError):
+        return free
+
+
+def memory_needed_bytes(
+    model: ModelFile, bucket: Bucket, engine: str, precision: str
+) -> int:
+    """Memory that a bucket takes beside the weights: live activations times what was measured for the engine."""
+    size = 2 if precision in ("bf16", "fp16") else 4
+    voxels = float(np.prod(bucket))
+    activations = model.card.activation_bytes_per_voxel * voxels * size / 4.0
+    weights = model.card.weights * size
+    maps = voxels * 4 * 8
+    return int(MEMORY_FACTOR[engine] * activations + 2 * weights + maps)
+
+
+def open_engine(
+    model: ModelFile,
+    engine: str,
+    precision: str,
+    threads: int,
+    cache: Path | None = None,
+) -> Engine:
+    """Open one engine; nothing is compiled yet.
+
+    Args:
+        model: the model file.
+        engine: a key of `PRECISIONS`.
+        precision: one of its precisions.
+        threads: for engines on the CPU, 0 takes the cores this process may use.
+        cache: folder of prebuilt TensorRT engines.
+
+    Raises:
+        EngineMissing: its library or device is not there.
+        PrecisionRefused: it does not have this precision, on this machine.
+    """
+    if engine not in PRECISIONS:
+        raise EngineMissing(
+            f"engine: got {engine!r}; choose one of {', '.join(PRECISIONS)}"
+        )
+    if precision not in PRECISIONS[engine]:
+        raise PrecisionRefused(
+            f"precision: {engine} has {', '.join(PRECISIONS[engine])}, got {precision!r}; set another"
+        )
+    if engine == "openvino":
+        return OpenVinoEngine(model, precision, thread_count(threads))
+    return OnnxRuntimeEngine(model, engine, precision, thread_count(threads), cache)
+
+
+class OpenVinoEngine:
+    """The OpenVINO runtime on the CPU; one compiled graph and one request per bucket."""
+
+    def __init__(self, model: ModelFile, precision: str, threads: int) -> None:
+        """Open the runtime.
+
+        Raises:
+            EngineMissing: the package is not installed.
+            PrecisionRefused: bf16 on a processor without it (OpenVINO would emulate it, slowly).
+        """
+        self._ov = _import_openvino()
+        self._core = self._ov.Core()
+        capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bf16" and "BF16" not in capabilities:
+            raise PrecisionRefused(
+                "precision: this processor has no bfloat16 instructions; set fp32"
+            )
+        self._model, self._threads, self._precision = model, threads, precision
+        self._requests: dict[Bucket, tuple[Any, Array]] = {}
+        version = self._ov.__version__.split("-")[0]
+        self.facts = EngineFacts(
+            "openvino", f"OpenVINO {version}", precision, processor_name()
+        )
+
+    def load(self, bucket: Bucket) -> None:
+        """Compile the graph for one shape; buffers are bound to the request once."""
+        hint = {"fp32": "f32", "bf16": "bf16"}[self._precision]
+        config = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "INFERENCE_NUM_THREADS": self._threads,
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,
+            "CPU_DENORMALS_OPTIMIZATION": True,
+        }
+        try:
+            graph = self._core.read_model(io.BytesIO(self._model.data))
+            graph.reshape({self._model.card.input_name: [1, 1, *bucket]})
+            compiled = self._core.compile_model(graph, "CPU", config)
+            used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            request = compiled.create_infer_request()
+        except RuntimeError as error:
+            raise EngineFailed(
+                f"OpenVINO cannot load the model: {_first_line(error)}; try --engine cpu"
+            ) from error
+        if used != hint:
+            raise PrecisionRefused(
+                f"precision: OpenVINO was told {hint} and took {used}; set another or use --engine cpu"
+            )
+        image = np.zeros((1, 1, *bucket), dtype=np.float32)
+        request.set_tensor(
+            self._model.card.input_name, self._ov.Tensor(image, shared_memory=True)
+        )
+        self._requests[bucket] = (request, image)
+
+    def run(self, image: Array) -> dict[str, Array]:
+        """See `Engine.run`."""
+        request, buffer = self._requests[_loaded(self._requests, image)]
+        np.copyto(buffer[0, 0], image)
+        try:
+            request.infer()
+        except RuntimeError as error:
+            raise EngineFailed(f"OpenVINO failed: {_first_line(error)}") from error
+        return {name: request.get_tensor(name).data[0] for name in OUTPUTS}
+
+    def reduce(
+        self, image: Array, masks: NDArray[np.float32], affected_variance: float
+    ) -> dict[str, Array] | None:
+        """Not offered: the maps lie in this process's memory already."""
+        return None
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime with one provider; one session, one binding and one set of buffers per bucket."""
+
+    def __init__(
+        self,
+        model: ModelFile,
+        engine: str,
+        precision: str,
+        threads: int,
+        cache: Path | None,
+    ) -> None:
+        """Check that the provider is there.
+
+        Raises:
+            EngineMissing: this ONNX Runtime was built without the provider, or its libraries are not installed.
+        """
+        self._ort = import_module("onnxruntime")
+        self._provider = _PROVIDERS[engine]
+        self._engine, self._precision, self._threads, self._cache = (
+            engine,
+            precision,
+            threads,
+            cache,
+        )
+        if self._provider not in self._ort.get_available_providers():
+            raise EngineMissing(
+                f"engine {engine}: this ONNX Runtime has no {self._provider}; install the extra `{_EXTRA[engine]}` "
+                "(and only one of onnxruntime, onnxruntime-gpu), or choose --engine openvino or cpu"
+            )
+        if self.on_gpu and hasattr(self._ort, "preload_dlls"):
+            self._ort.preload_dlls()
+        self._model = model
+        self._bound: dict[Bucket, _Bound] = {}
+        device = processor_name() if engine == "cpu" else gpu_name()
+        self.facts = EngineFacts(
+            engine, f"{self._provider} {self._ort.__version__}", precision, device
+        )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the provider runs on a GPU."""
+        return self._engine in ("cuda", "tensorrt")
+
+    def load(self, bucket: Bucket) -> None:
+        """Create the session for one shape, verify that the provider runs it, and bind its buffers."""
+        session = self._session(
+            self._model.data, dict(zip(("D", "H", "W"), bucket, strict=True)), bucket
+        )
+        reducer = None
+        if self.on_gpu and self._model.reducer:
+            shape = dict(zip(("D", "H", "W"), bucket, strict=True))
+            reducer = self._session(
+                base64.b64decode(self._model.reducer), shape, bucket
+            )
+        self._bound[bucket] = _Bound(
+            self._ort,
+            session,
+            reducer,
+            bucket,
+            self._model.card.input_name,
+            self.on_gpu,
+        )
+
+    def run(self, image: Array) -> dict[str, Array]:
+        """See `Engine.run`."""
+        bound = self._bound[_loaded(self._bound, image)]
+        try:
+            return bound.run(image)
+        except self._failures() as error:
+            raise EngineFailed(
+                f"{self._provider} failed: {_first_line(error)}"
+            ) from error
+
+    def reduce(
+        self, image: Array, masks: NDArray[np.float32], affected_variance: float
+    ) -> dict[str, Array] | None:
+        """See `Engine.reduce`; offered on a GPU by a model that carries the reducing graph."""
+        bound = self._bound[_loaded(self._bound, image)]
+        try:
+            return bound.reduce(image, masks, affected_variance)
+        except self._failures() as error:
+            raise EngineFailed(
+                f"{self._provider} failed: {_first_line(error)}"
+            ) from error
+
+    def _session(self, data: bytes, dimensions: dict[str, int], bucket: Bucket) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self.on_gpu:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        for name, size in dimensions.items():
+            options.add_free_dimension_override_by_name(name, size)
+        chosen = [
+            (
+                self._provider,
+                provider_options(self._engine, self._precision, self._cache, bucket),
+            )
+        ]
+        try:
+            session = self._ort.InferenceSession(data, options, providers=chosen)
+        except self._failures() as error:
+            raise EngineFailed(
+                f"{self._provider} cannot load the model: {_first_line(error)}; {_REMEDY[self._engine]}"
+            ) from error
+        verify_provider(session.get_providers(), self._provider, self._engine)
+        return session
+
+    def _failures(self) -> tuple[type[Exception], ...]:
+        state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        names = ("Fail", "InvalidGraph", "InvalidProtobuf", "InvalidArgument", "NoSuchFile", "RuntimeException",
+                 "NotImplemented", "EPFail", "NoModel", "ModelLoaded")  # fmt: skip
+        found = [getattr(state, name) for name in names if hasattr(state, name)]
+        return (*found, RuntimeError, ValueError)
+
+
+def verify_provider(providers: list[str], wanted: str, engine: str) -> None:
+    """Check after creation that the session runs where it was asked to.
+
+    ONNX Runtime drops a provider whose libraries are missing and goes on with the CPU (onnxruntime issues 17801, 23647).
+
+    Raises:
+        EngineMissing: the provider is not the first of the session.
+    """
+    if not providers or providers[0] != wanted:
+        raise EngineMissing(
+            f"engine {engine}: asked for {wanted}, the session runs on {', '.join(providers) or 'nothing'}; {_REMEDY[engine]}"
+        )
+
+
+def provider_options(
+    engine: str, precision: str, cache: Path | None, bucket: Bucket
+) -> dict[str, str]:
+    """Options of the ONNX Runtime provider, all as text.
+
+    Source: ONNX Runtime documentation of the CUDA and TensorRT execution providers (checked against 1.32).
+    """
+    if engine == "cuda":
+        return {
+            "device_id": "0",
+            "use_tf32": "1" if precision == "tf32" else "0",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "cudnn_conv_use_max_workspace": "1",
+            "do_copy_in_default_stream": "1",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+    if engine == "tensorrt":
+        return _tensorrt_options(precision, cache, bucket)
+    return {}
+
+
+def _tensorrt_options(
+    precision: str, cache: Path | None, bucket: Bucket
+) -> dict[str, str]:
+    folder = "" if cache is None else str(cache)
+    prefix = f"rescan_{precision}_{'x'.join(str(n) for n in bucket)}"
+    return {
+        "device_id": "0",
+        "trt_fp16_enable": "1" if precision == "fp16" else "0",
+        "trt_bf16_enable": "1" if precision == "bf16" else "0",
+        "trt_engine_cache_enable": "1" if folder else "0",
+        "trt_engine_cache_path": folder,
+        "trt_engine_cache_prefix": prefix,
+        "trt_timing_cache_enable": "1" if folder else "0",
+        "trt_timing_cache_path": folder,
+        "trt_max_workspace_size": str(4 * 2**30),
+    }
+
+
+def gpu_name() -> str:
+    """Name of the first NVIDIA GPU from its driver's files, else `GPU`."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("Model:"):
+                return line.split(":", 1)[1].strip()
+    return "GPU"
+
+
+class _Bound:
+    """A session with its buffers, bound once and reused."""
+
+    def __init__(
+        self,
+        ort: Any,
+        session: Any,
+        reducer: Any,
+        bucket: Bucket,
+        input_name: str,
+        on_gpu: bool,
+    ) -> None:
+        self._session, self._reducer, self._binding = (
+            session,
+            reducer,
+            session.io_binding(),
+        )
+        self._image = np.zeros((1, 1, *bucket), dtype=np.float32)
+        self._input_name, self._on_gpu, self._ort = input_name, on_gpu, ort
+        shapes = {
+            name: (1, 5 if name == "artefact_variance" else 1, *bucket)
+            for name in OUTPUTS
+        }
+        place = ("cuda", 0) if on_gpu else ("cpu", 0)
+        self._device = {
+            name: ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, *place)
+            for name, shape in shapes.items()
+        }
+        self._input = ort.OrtValue.ortvalue_from_numpy(self._image, *place)
+        self._binding.bind_ortvalue_input(input_name, self._input)
+        for name in OUTPUTS:
+            self._binding.bind_ortvalue_output(name, self._device[name])
+
+    def run(self, image: Array) -> dict[str, Array]:
+        self._infer(image)
+        return {name: self._device[name].numpy()[0] for name in OUTPUTS}
+
+    def reduce(
+        self, image: Array, masks: NDArray[np.float32], affected_variance: float
+    ) -> dict[str, Array] | None:
+        if self._reducer is None:
+            return None
+        self._infer(image)
+        binding = self._reducer.io_binding()
+        binding.bind_ortvalue_input("image", self._input)
+        for name in OUTPUTS:
+            binding.bind_ortvalue_input(name, self._device[name])
+        place = ("cuda", 0) if self._on_gpu else ("cpu", 0)
+        level = np.float32(min(affected_variance, float(np.finfo(np.float32).max)))
+        for name, values in (
+            ("masks", masks[None]),
+            ("affected_variance", np.array([level])),
+        ):
+            binding.bind_ortvalue_input(
+                name, self._ort.OrtValue.ortvalue_from_numpy(values, *place)
+            )
+        names = [output.name for output in self._reducer.get_outputs()]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._reducer.run_with_iobinding(binding)
+        return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+    def _infer(self, image: Array) -> None:
+        np.copyto(self._image[0, 0], image)
+        self._input.update_inplace(self._image)
+        self._session.run_with_iobinding(self._binding)
+
+
+_PROVIDERS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+_EXTRA = {"tensorrt": "gpu,tensorrt", "cuda": "gpu", "cpu": "cpu"}
+_REMEDY = {
+    "cuda": "check the NVIDIA driver and the extra `gpu`, or choose --engine openvino or cpu",
+    "tensorrt": "check the extras `gpu,tensorrt` and run `rescan-export tensorrt`, or choose --engine cuda",
+    "cpu": "export the model again",
+}
+
+
+def _import_openvino() -> Any:
+    # The converter inside the package loads a telemetry client where it finds one; the daemon never converts, and
+    # without the client nothing can phone home.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return import_module("openvino")
+    except ImportError:
+        raise EngineMissing(
+            "engine openvino: the package is not installed; install the extra `cpu` or `gpu`"
+        ) from None
+
+
+def _loaded(loaded: dict[Bucket, Any], image: Array) -> Bucket:
+    if image.shape not in loaded:
+        raise EngineFailed(
+            f"input shape {image.shape}: expected one of {sorted(loaded)}; prepare the volume again"
+        )
+    return (image.shape[0], image.shape[1], image.shape[2])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
