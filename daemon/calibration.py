@@ -121,19 +121,13 @@ def load_site(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"{path.name}: cannot be read ({error}); run `rescan calibrate` again"
-        ) from None
+        raise CalibrationError(f"{path.name}: cannot be read ({error}); run `rescan calibrate` again") from None
     if not isinstance(document, dict) or document.get("version") != FORMAT_VERSION:
-        raise CalibrationError(
-            f"{path.name}: expected version {FORMAT_VERSION}; run `rescan calibrate` again"
-        )
+        raise CalibrationError(f"{path.name}: expected version {FORMAT_VERSION}; run `rescan calibrate` again")
     return document
 
 
-def in_force(
-    document: dict[str, Any], model_sha256: str, scanner: str, protocol: str
-) -> SiteCalibration | None:
+def in_force(document: dict[str, Any], model_sha256: str, scanner: str, protocol: str) -> SiteCalibration | None:
     """The most specific calibration for a scan; None: the card's own (level `global`).
 
     Raises:
@@ -148,9 +142,7 @@ def in_force(
             try:
                 return SiteCalibration(**{**found, "level": level})
             except TypeError as error:
-                raise CalibrationError(
-                    f"{FILE_NAME}: {scanner}: {error}; run `rescan calibrate` again"
-                ) from None
+                raise CalibrationError(f"{FILE_NAME}: {scanner}: {error}; run `rescan calibrate` again") from None
     return None
 
 
@@ -169,32 +161,20 @@ def fit_site(
         by_scanner[item.scanner].append(item)
     fitted: dict[str, Any] = {}
     for scanner, items in by_scanner.items():
-        protocols = {
-            name: [i for i in items if i.protocol == name]
-            for name in sorted({i.protocol for i in items})
-        }
-        levels = {
-            name: _fit("protocol", group, rate, confidence)
-            for name, group in protocols.items()
-        }
+        protocols = {name: [i for i in items if i.protocol == name] for name in sorted({i.protocol for i in items})}
+        levels = {name: _fit("protocol", group, rate, confidence) for name, group in protocols.items()}
         whole = _fit("scanner", items, rate, confidence)
         fitted[scanner] = {
             **({"scanner": asdict(whole)} if whole else {}),
-            "protocols": {
-                name: asdict(found) for name, found in levels.items() if found
-            },
+            "protocols": {name: asdict(found) for name, found in levels.items() if found},
         }
     return fitted
 
 
-def _fit(
-    level: str, items: Sequence[HistoryItem], rate: float, confidence: float
-) -> SiteCalibration | None:
+def _fit(level: str, items: Sequence[HistoryItem], rate: float, confidence: float) -> SiteCalibration | None:
     worst_of_exam: dict[str, float] = {}
     for item in items:
-        worst_of_exam[item.exam] = max(
-            item.risk, worst_of_exam.get(item.exam, -math.inf)
-        )
+        worst_of_exam[item.exam] = max(item.risk, worst_of_exam.get(item.exam, -math.inf))
     risks = sorted(worst_of_exam.values())
     rank = order_statistic_rank(len(risks), rate, confidence)
     if rank is None:
@@ -206,9 +186,7 @@ def _fit(
     )
     dice_rank = conformal_rank(len(residuals), rate)
     dice_high = max(residuals[dice_rank - 1], 0.0) if dice_rank is not None else None
-    return SiteCalibration(
-        level, risks[rank - 1], rate, confidence, len(risks), dice_high, len(residuals)
-    )
+    return SiteCalibration(level, risks[rank - 1], rate, confidence, len(risks), dice_high, len(residuals))
 
 
 def read_history(path: Path) -> tuple[str, list[HistoryItem]]:
@@ -289,9 +267,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _calibrate(args: argparse.Namespace) -> int:
     try:
         if not (0 < args.rate < 1 and 0 < args.confidence < 1):
-            raise CalibrationError(
-                f"rate {args.rate}, confidence {args.confidence}: both must lie between 0 and 1"
-            )
+            raise CalibrationError(f"rate {args.rate}, confidence {args.confidence}: both must lie between 0 and 1")
         model, items = read_history(args.history)
         fitted = fit_site(items, args.rate, args.confidence)
         document = load_site(args.state / FILE_NAME)
@@ -306,27 +282,17 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(
-    items: Sequence[HistoryItem], fitted: dict[str, Any], rate: float, confidence: float
-) -> list[str]:
+def describe(items: Sequence[HistoryItem], fitted: dict[str, Any], rate: float, confidence: float) -> list[str]:
     """Which level is in force for each scanner and protocol, and how many scans it rests on; one line each."""
     needed = math.ceil(math.log(1.0 - confidence) / math.log(1.0 - rate))
     lines = []
     for scanner, protocol in sorted({(i.scanner, i.protocol) for i in items}):
-        exams = len(
-            {i.exam for i in items if (i.scanner, i.protocol) == (scanner, protocol)}
-        )
+        exams = len({i.exam for i in items if (i.scanner, i.protocol) == (scanner, protocol)})
         entry = fitted[scanner]
         found = entry["protocols"].get(protocol) or entry.get("scanner")
         level = found["level"] if found else "global"
-        rests = (
-            f"{found['scans']} scans"
-            if found
-            else f"the model card; {needed} scans of one kind are needed"
-        )
-        lines.append(
-            f"{scanner} / {protocol or '(no rule)'}: {exams} exams; in force: {level} ({rests})"
-        )
+        rests = f"{found['scans']} scans" if found else f"the model card; {needed} scans of one kind are needed"
+        lines.append(f"{scanner} / {protocol or '(no rule)'}: {exams} exams; in force: {level} ({rests})")
     return lines
 
 
@@ -334,9 +300,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     temporary = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(
-            json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise CalibrationError(

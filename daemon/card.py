@@ -520,6 +520,4 @@ def _build_tuple(kinds: tuple[Any, ...], value: Any, source: str, where: str) ->
         return tuple(_build(kinds[0], item, source, f"{where}[{n}]") for n, item in enumerate(value))
     if len(kinds) != len(value):
         raise CardError(f"{source}: {where}: expected {len(kinds)} items, got {len(value)}; export the model again")
-    return tuple(
-        _build(k, item, source, f"{where}[{n}]") for n, (k, item) in enumerate(zip(kinds, value, strict=True))
-    )
+    return tuple(_build(k, item, source, f"{where}[{n}]") for n, (k, item) in enumerate(zip(kinds, value, strict=True)))

@@ -66,14 +66,14 @@ class EngineFacts:
     """What every result says about the engine.
 
     Attributes:
-        engine: `tensorrt`, `cuda`, `openvino` or `cpu`.
-        provider: name that the runtime gives itself, with its version.
+        provider: `tensorrt`, `cuda`, `openvino` or `cpu`.
+        runtime: library and version.
         precision: `fp32`, `tf32`, `fp16` or `bf16`.
         device: processor or GPU.
     """
 
-    engine: str
     provider: str
+    runtime: str
     precision: str
     device: str
 
@@ -93,9 +93,7 @@ class Engine(Protocol):
             Output name -> (channels, D, H, W) float32; valid until the next call.
         """
 
-    def reduce(
-        self, image: Array, masks: NDArray[np.float32], affected_variance: float
-    ) -> dict[str, Array] | None:
+    def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
         """Run one image and give back only the sums of its maps, computed where the maps are; None: not offered."""
 
 
@@ -110,18 +108,14 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [
-        line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-    ]
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else os.uname().machine
 
 
 def available_memory_bytes() -> int:
     """Memory that this process may still take: of the machine, or of its control group where that is less."""
     fields = dict(
-        line.split(":", 1)
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        if ":" in line
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if ":" in line
     )
     free = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
@@ -133,9 +127,7 @@ def available_memory_bytes() -> int:
         return free
 
 
-def memory_needed_bytes(
-    model: ModelFile, bucket: Bucket, engine: str, precision: str
-) -> int:
+def memory_needed_bytes(model: ModelFile, bucket: Bucket, engine: str, precision: str) -> int:
     """Memory that a bucket takes beside the weights: live activations times what was measured for the engine."""
     size = 2 if precision in ("bf16", "fp16") else 4
     voxels = float(np.prod(bucket))
@@ -166,9 +158,7 @@ def open_engine(
         PrecisionRefused: it does not have this precision, on this machine.
     """
     if engine not in PRECISIONS:
-        raise EngineMissing(
-            f"engine: got {engine!r}; choose one of {', '.join(PRECISIONS)}"
-        )
+        raise EngineMissing(f"engine: got {engine!r}; choose one of {', '.join(PRECISIONS)}")
     if precision not in PRECISIONS[engine]:
         raise PrecisionRefused(
             f"precision: {engine} has {', '.join(PRECISIONS[engine])}, got {precision!r}; set another"
@@ -192,15 +182,11 @@ class OpenVinoEngine:
         self._core = self._ov.Core()
         capabilities = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if precision == "bf16" and "BF16" not in capabilities:
-            raise PrecisionRefused(
-                "precision: this processor has no bfloat16 instructions; set fp32"
-            )
+            raise PrecisionRefused("precision: this processor has no bfloat16 instructions; set fp32")
         self._model, self._threads, self._precision = model, threads, precision
         self._requests: dict[Bucket, tuple[Any, Array]] = {}
         version = self._ov.__version__.split("-")[0]
-        self.facts = EngineFacts(
-            "openvino", f"OpenVINO {version}", precision, processor_name()
-        )
+        self.facts = EngineFacts("openvino", f"OpenVINO {version}", precision, processor_name())
 
     def load(self, bucket: Bucket) -> None:
         """Compile the graph for one shape; buffers are bound to the request once."""
@@ -220,17 +206,13 @@ class OpenVinoEngine:
             used = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
             request = compiled.create_infer_request()
         except RuntimeError as error:
-            raise EngineFailed(
-                f"OpenVINO cannot load the model: {_first_line(error)}; try --engine cpu"
-            ) from error
+            raise EngineFailed(f"OpenVINO cannot load the model: {_first_line(error)}; try --engine cpu") from error
         if used != hint:
             raise PrecisionRefused(
                 f"precision: OpenVINO was told {hint} and took {used}; set another or use --engine cpu"
             )
         image = np.zeros((1, 1, *bucket), dtype=np.float32)
-        request.set_tensor(
-            self._model.card.input_name, self._ov.Tensor(image, shared_memory=True)
-        )
+        request.set_tensor(self._model.card.input_name, self._ov.Tensor(image, shared_memory=True))
         self._requests[bucket] = (request, image)
 
     def run(self, image: Array) -> dict[str, Array]:
@@ -243,9 +225,7 @@ class OpenVinoEngine:
             raise EngineFailed(f"OpenVINO failed: {_first_line(error)}") from error
         return {name: request.get_tensor(name).data[0] for name in OUTPUTS}
 
-    def reduce(
-        self, image: Array, masks: NDArray[np.float32], affected_variance: float
-    ) -> dict[str, Array] | None:
+    def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
         """Not offered: the maps lie in this process's memory already."""
         return None
 
@@ -284,9 +264,7 @@ class OnnxRuntimeEngine:
         self._model = model
         self._bound: dict[Bucket, _Bound] = {}
         device = processor_name() if engine == "cpu" else gpu_name()
-        self.facts = EngineFacts(
-            engine, f"{self._provider} {self._ort.__version__}", precision, device
-        )
+        self.facts = EngineFacts(engine, f"{self._provider} {self._ort.__version__}", precision, device)
 
     @property
     def on_gpu(self) -> bool:
@@ -295,15 +273,11 @@ class OnnxRuntimeEngine:
 
     def load(self, bucket: Bucket) -> None:
         """Create the session for one shape, verify that the provider runs it, and bind its buffers."""
-        session = self._session(
-            self._model.data, dict(zip(("D", "H", "W"), bucket, strict=True)), bucket
-        )
+        session = self._session(self._model.data, dict(zip(("D", "H", "W"), bucket, strict=True)), bucket)
         reducer = None
         if self.on_gpu and self._model.reducer:
             shape = dict(zip(("D", "H", "W"), bucket, strict=True))
-            reducer = self._session(
-                base64.b64decode(self._model.reducer), shape, bucket
-            )
+            reducer = self._session(base64.b64decode(self._model.reducer), shape, bucket)
         self._bound[bucket] = _Bound(
             self._ort,
             session,
@@ -319,21 +293,15 @@ class OnnxRuntimeEngine:
         try:
             return bound.run(image)
         except self._failures() as error:
-            raise EngineFailed(
-                f"{self._provider} failed: {_first_line(error)}"
-            ) from error
+            raise EngineFailed(f"{self._provider} failed: {_first_line(error)}") from error
 
-    def reduce(
-        self, image: Array, masks: NDArray[np.float32], affected_variance: float
-    ) -> dict[str, Array] | None:
+    def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
         """See `Engine.reduce`; offered on a GPU by a model that carries the reducing graph."""
         bound = self._bound[_loaded(self._bound, image)]
         try:
             return bound.reduce(image, masks, affected_variance)
         except self._failures() as error:
-            raise EngineFailed(
-                f"{self._provider} failed: {_first_line(error)}"
-            ) from error
+            raise EngineFailed(f"{self._provider} failed: {_first_line(error)}") from error
 
     def _session(self, data: bytes, dimensions: dict[str, int], bucket: Bucket) -> Any:
         options = self._ort.SessionOptions()
@@ -383,9 +351,7 @@ def verify_provider(providers: list[str], wanted: str, engine: str) -> None:
         )
 
 
-def provider_options(
-    engine: str, precision: str, cache: Path | None, bucket: Bucket
-) -> dict[str, str]:
+def provider_options(engine: str, precision: str, cache: Path | None, bucket: Bucket) -> dict[str, str]:
     """Options of the ONNX Runtime provider, all as text.
 
     Source: ONNX Runtime documentation of the CUDA and TensorRT execution providers (checked against 1.32).
@@ -404,9 +370,7 @@ def provider_options(
     return {}
 
 
-def _tensorrt_options(
-    precision: str, cache: Path | None, bucket: Bucket
-) -> dict[str, str]:
+def _tensorrt_options(precision: str, cache: Path | None, bucket: Bucket) -> dict[str, str]:
     folder = "" if cache is None else str(cache)
     prefix = f"rescan_{precision}_{'x'.join(str(n) for n in bucket)}"
     return {
@@ -450,27 +414,25 @@ class _Bound:
         )
         self._image = np.zeros((1, 1, *bucket), dtype=np.float32)
         self._input_name, self._on_gpu, self._ort = input_name, on_gpu, ort
-        shapes = {
-            name: (1, 5 if name == "artefact_variance" else 1, *bucket)
-            for name in OUTPUTS
-        }
-        place = ("cuda", 0) if on_gpu else ("cpu", 0)
+        shapes = {name: (1, 5 if name == "artefact_variance" else 1, *bucket) for name in OUTPUTS}
+        # On the CPU an OrtValue made from an array shares its memory: what is written there is what runs, without a copy.
+        self._host = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items() if not on_gpu}
+        self._input = ort.OrtValue.ortvalue_from_numpy(self._image, *(("cuda", 0) if on_gpu else ("cpu", 0)))
         self._device = {
-            name: ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, *place)
+            name: ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, "cuda", 0)
+            if on_gpu
+            else ort.OrtValue.ortvalue_from_numpy(self._host[name])
             for name, shape in shapes.items()
         }
-        self._input = ort.OrtValue.ortvalue_from_numpy(self._image, *place)
         self._binding.bind_ortvalue_input(input_name, self._input)
         for name in OUTPUTS:
             self._binding.bind_ortvalue_output(name, self._device[name])
 
     def run(self, image: Array) -> dict[str, Array]:
         self._infer(image)
-        return {name: self._device[name].numpy()[0] for name in OUTPUTS}
+        return {name: self._host[name][0] if self._host else self._device[name].numpy()[0] for name in OUTPUTS}
 
-    def reduce(
-        self, image: Array, masks: NDArray[np.float32], affected_variance: float
-    ) -> dict[str, Array] | None:
+    def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
         if self._reducer is None:
             return None
         self._infer(image)
@@ -484,9 +446,7 @@ class _Bound:
             ("masks", masks[None]),
             ("affected_variance", np.array([level])),
         ):
-            binding.bind_ortvalue_input(
-                name, self._ort.OrtValue.ortvalue_from_numpy(values, *place)
-            )
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(values, *place))
         names = [output.name for output in self._reducer.get_outputs()]
         for name in names:
             binding.bind_output(name, "cpu")
@@ -495,7 +455,8 @@ class _Bound:
 
     def _infer(self, image: Array) -> None:
         np.copyto(self._image[0, 0], image)
-        self._input.update_inplace(self._image)
+        if self._on_gpu:
+            self._input.update_inplace(self._image)
         self._session.run_with_iobinding(self._binding)
 
 
@@ -519,16 +480,12 @@ def _import_openvino() -> Any:
     try:
         return import_module("openvino")
     except ImportError:
-        raise EngineMissing(
-            "engine openvino: the package is not installed; install the extra `cpu` or `gpu`"
-        ) from None
+        raise EngineMissing("engine openvino: the package is not installed; install the extra `cpu` or `gpu`") from None
 
 
 def _loaded(loaded: dict[Bucket, Any], image: Array) -> Bucket:
     if image.shape not in loaded:
-        raise EngineFailed(
-            f"input shape {image.shape}: expected one of {sorted(loaded)}; prepare the volume again"
-        )
+        raise EngineFailed(f"input shape {image.shape}: expected one of {sorted(loaded)}; prepare the volume again")
     return (image.shape[0], image.shape[1], image.shape[2])
 
 

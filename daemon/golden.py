@@ -34,13 +34,9 @@ def encode_volume(volume: Volume) -> str:
         "affine": np.asarray(volume.affine).tolist(),
         "step": step,
     }
-    packed = base64.b64encode(
-        zlib.compress(json.dumps(header).encode() + b"\n" + codes.tobytes(), 9)
-    ).decode()
+    packed = base64.b64encode(zlib.compress(json.dumps(header).encode() + b"\n" + codes.tobytes(), 9)).decode()
     if len(packed) > MAX_GOLDEN_BYTES:
-        raise ValueError(
-            f"golden case: {len(packed)} bytes packed, at most {MAX_GOLDEN_BYTES}; use a smaller volume"
-        )
+        raise ValueError(f"golden case: {len(packed)} bytes packed, at most {MAX_GOLDEN_BYTES}; use a smaller volume")
     return packed
 
 
@@ -52,18 +48,14 @@ def decode_volume(packed: str) -> Volume:
     """
     try:
         inflate = zlib.decompressobj()
-        raw = inflate.decompress(
-            base64.b64decode(packed, validate=True), MAX_GOLDEN_VOXELS + 4096
-        )
+        raw = inflate.decompress(base64.b64decode(packed, validate=True), MAX_GOLDEN_VOXELS + 4096)
         head, _, body = raw.partition(b"\n")
         header = json.loads(head)
         codes = np.frombuffer(body, dtype=np.uint8).reshape(header["shape"])
         affine = np.asarray(header["affine"], dtype=np.float64).reshape(4, 4)
         return Volume(codes.astype(np.float32) * np.float32(header["step"]), affine)
     except (ValueError, KeyError, TypeError, zlib.error) as error:
-        raise CardError(
-            f"golden case: cannot be unpacked ({error}); export the model again"
-        ) from None
+        raise CardError(f"golden case: cannot be unpacked ({error}); export the model again") from None
 
 
 def golden_sha256(packed: str) -> str:

@@ -66,9 +66,7 @@ ADVICE_LOOK = Reason(
     "advice_look",
     "Look at the images before the patient leaves: the scan is at the border.",
 )
-ADVICE_SEND_ALL = Reason(
-    "advice_send_all", "Send the missing images again; the verdict is then renewed."
-)
+ADVICE_SEND_ALL = Reason("advice_send_all", "Send the missing images again; the verdict is then renewed.")
 ADVICE_BY_HAND = Reason("advice_by_hand", "Judge this scan by eye.")
 
 GATE_TEXT = {
@@ -155,9 +153,7 @@ def judge(
     gate = refusing_gate(scores.gates, calibration.gates)
     if gate is not None:
         reason = Reason(gate.code, GATE_TEXT.get(gate.code, gate.code))
-        return Judgement(
-            Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level
-        )
+        return Judgement(Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level)
     below = test_a(scores, required, site)
     unusual = test_b(scores, calibration, site)
     missing = _missing(evidence)
@@ -167,9 +163,7 @@ def judge(
             "not_a_head",
             "Hardly any grey matter was found, and no artefact that would explain it.",
         )
-        return Judgement(
-            Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level
-        )
+        return Judgement(Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level)
     dominant = dominant_artefact(scores)
     reasons = [
         *_test_reasons(scores, calibration, site, required, below, unusual),
@@ -187,9 +181,7 @@ def judge(
     )
 
 
-def test_a(
-    scores: Scores, required_dice: float, site: SiteCalibration | None = None
-) -> bool:
+def test_a(scores: Scores, required_dice: float, site: SiteCalibration | None = None) -> bool:
     """Whether the upper bound of predicted Dice lies below the requirement.
 
     Fires on an acceptable scan with at most the probability `Calibration.bound_rate`, in the population of the calibration.
@@ -200,9 +192,7 @@ def test_a(
     return high < required_dice
 
 
-def test_b(
-    scores: Scores, calibration: Calibration, site: SiteCalibration | None = None
-) -> bool:
+def test_b(scores: Scores, calibration: Calibration, site: SiteCalibration | None = None) -> bool:
     """Whether the risk exceeds the order statistic of clean scans in force."""
     limit = calibration.alarm_risk if site is None else site.alarm_risk
     return scores.risk is not None and scores.risk > limit
@@ -215,21 +205,14 @@ def refusing_gate(features: dict[str, float], gates: tuple[Gate, ...]) -> Gate |
         KeyError: a gate names a feature that this daemon does not compute.
     """
     for gate in gates:
-        if (
-            sum(weight * features[name] for name, weight in gate.weights.items())
-            > gate.limit
-        ):
+        if sum(weight * features[name] for name, weight in gate.weights.items()) > gate.limit:
             return gate
     return None
 
 
 def dominant_artefact(scores: Scores) -> str | None:
     """The artefact with the highest comparable score, None where all are below `MIN_DOMINANT_SCORE`."""
-    ranked = [
-        (parts["score"], name)
-        for name, parts in scores.artefacts.items()
-        if "score" in parts
-    ]
+    ranked = [(parts["score"], name) for name, parts in scores.artefacts.items() if "score" in parts]
     best, name = max(ranked, default=(0.0, ""))
     return name if best >= MIN_DOMINANT_SCORE else None
 
@@ -249,11 +232,7 @@ def _verdict(below: bool, unusual: bool, missing: Reason | None) -> Verdict:
 
 
 def _missing(evidence: Completeness | None) -> Reason | None:
-    if (
-        evidence is None
-        or evidence.expected is None
-        or evidence.instances >= evidence.expected
-    ):
+    if evidence is None or evidence.expected is None or evidence.instances >= evidence.expected:
         return None
     return Reason(
         "incomplete",
@@ -310,9 +289,7 @@ def _artefact_reason(scores: Scores, dominant: str | None) -> tuple[Reason, ...]
     )
 
 
-def _advice(
-    verdict: Verdict, dominant: str | None, missing: Reason | None
-) -> tuple[Reason, ...]:
+def _advice(verdict: Verdict, dominant: str | None, missing: Reason | None) -> tuple[Reason, ...]:
     advice: list[Reason] = []
     if verdict is Verdict.RESCAN:
         advice.append(ADVICE_REPEAT if dominant is None else ADVICE[dominant])

@@ -68,12 +68,8 @@ SCORES: dict[str, Definition] = {
         1.0,
         "high",
     ),
-    "predicted_dice_low": Definition(
-        "Lower conformal bound of predicted_dice", "1", 0.0, 1.0, "high"
-    ),
-    "predicted_dice_high": Definition(
-        "Upper conformal bound of predicted_dice", "1", 0.0, 1.0, "high"
-    ),
+    "predicted_dice_low": Definition("Lower conformal bound of predicted_dice", "1", 0.0, 1.0, "high"),
+    "predicted_dice_high": Definition("Upper conformal bound of predicted_dice", "1", 0.0, 1.0, "high"),
     "risk": Definition(
         "Sum of weighted logarithms of the uncertainties, as the model's calibration says; only its order has a meaning",
         "1",
@@ -88,12 +84,8 @@ SCORES: dict[str, Definition] = {
         None,
         "low",
     ),
-    "artefact_uncertainty_gm": Definition(
-        "The same mean over the region around grey matter", "1", 0.0, None, "low"
-    ),
-    "task_uncertainty": Definition(
-        "Mean of sigma_t^2 over the region around grey matter", "1", 0.0, None, "low"
-    ),
+    "artefact_uncertainty_gm": Definition("The same mean over the region around grey matter", "1", 0.0, None, "low"),
+    "task_uncertainty": Definition("Mean of sigma_t^2 over the region around grey matter", "1", 0.0, None, "low"),
     "entropy": Definition(
         "Mean over the field of view of -p ln p - (1-p) ln(1-p), p the temperature-scaled probability",
         "nat",
@@ -101,9 +93,7 @@ SCORES: dict[str, Definition] = {
         0.6932,
         "low",
     ),
-    "entropy_gm": Definition(
-        "The same mean over the region around grey matter", "nat", 0.0, 0.6932, "low"
-    ),
+    "entropy_gm": Definition("The same mean over the region around grey matter", "nat", 0.0, 0.6932, "low"),
     "gm_volume_ml": Definition(
         "Expected volume of grey matter: sum of p times the cell volume",
         "ml",
@@ -243,13 +233,8 @@ class Reduced:
         values = np.asarray(sums["sums"], dtype=np.float64).ravel()
         artefacts = np.asarray(sums["artefacts"], dtype=np.float64)
         if not (np.isfinite(values).all() and np.isfinite(artefacts).all()):
-            raise ValueError(
-                "a map holds values that are not finite; the engine or the model is at fault"
-            )
-        profiles = [
-            np.asarray(sums[name], dtype=np.float64)
-            for name in ("profile_r", "profile_a", "profile_s")
-        ]
+            raise ValueError("a map holds values that are not finite; the engine or the model is at fault")
+        profiles = [np.asarray(sums[name], dtype=np.float64) for name in ("profile_r", "profile_a", "profile_s")]
         return Reduced(
             **{name: float(value) for name, value in zip(SUMS, values, strict=True)},
             artefact_fov=artefacts[0],
@@ -318,9 +303,7 @@ def score_maps(maps: Maps, prepared: Prepared, card: Card) -> Scores:
     return score_reduced(reduce_maps(maps, prepared, level), prepared, card)
 
 
-def reduce_maps(
-    maps: Maps, prepared: Prepared, affected_variance: float = math.inf
-) -> Reduced:
+def reduce_maps(maps: Maps, prepared: Prepared, affected_variance: float = math.inf) -> Reduced:
     """Take the sums that all scores are made of.
 
     Args:
@@ -342,9 +325,7 @@ def reduce_maps(
     total = maps.artefact_variance.sum(axis=0)
     entropy = _entropy(p)
     gm_values = prepared.image[gm].astype(np.float64)
-    bright = ring & (
-        prepared.image > (gm_values.mean() if gm_values.size else math.inf)
-    )
+    bright = ring & (prepared.image > (gm_values.mean() if gm_values.size else math.inf))
     p_fov = p[fov].astype(np.float64)
     stack = np.stack([gm, head, region, np.where(region, total, 0)]).astype(np.float32)
     return Reduced(
@@ -352,15 +333,8 @@ def reduce_maps(
         gm_cells=float(gm.sum()),
         region_cells=float(region.sum()),
         head_cells=float(head.sum()),
-        artefact_fov=np.array(
-            [channel[fov].sum(dtype=np.float64) for channel in maps.artefact_variance]
-        ),
-        artefact_region=np.array(
-            [
-                channel[region].sum(dtype=np.float64)
-                for channel in maps.artefact_variance
-            ]
-        ),
+        artefact_fov=np.array([channel[fov].sum(dtype=np.float64) for channel in maps.artefact_variance]),
+        artefact_region=np.array([channel[region].sum(dtype=np.float64) for channel in maps.artefact_variance]),
         task_region=_sum(maps.task_variance[region]),
         entropy_fov=_sum(entropy[fov]),
         entropy_region=_sum(entropy[region]),
@@ -387,23 +361,17 @@ def score_reduced(reduced: Reduced, prepared: Prepared, card: Card) -> Scores:
     raw = raw_scores(reduced)
     values = {name: raw[name] for name in RAW_SCORES if name in SCORES and name in raw}
     values |= _volume(reduced) | _contrast(reduced)
-    artefacts = {
-        name: {"uncertainty": raw[f"artefact_{name}_gm"]} for name in ARTEFACTS
-    }
+    artefacts = {name: {"uncertainty": raw[f"artefact_{name}_gm"]} for name in ARTEFACTS}
     risk = None
     if calibration is not None:
         risk = risk_of(raw, calibration)
         values |= {"risk": risk} | predicted_dice(risk, calibration)
-        values["gm_volume_error_ml"] = volume_error_ml(
-            reduced.gm_variance, interpolate(calibration.volume_width, risk)
-        )
+        values["gm_volume_error_ml"] = volume_error_ml(reduced.gm_variance, interpolate(calibration.volume_width, risk))
         if reduced.gm_cells > 0:
             values["gm_affected_share"] = reduced.affected_cells / reduced.gm_cells
         for name, score in comparable_scores(raw, calibration).items():
             artefacts[name]["score"] = score
-    return Scores(
-        values, artefacts, worst_slices(reduced), gate_features(reduced, prepared), risk
-    )
+    return Scores(values, artefacts, worst_slices(reduced), gate_features(reduced, prepared), risk)
 
 
 def raw_scores(reduced: Reduced) -> dict[str, float]:
@@ -416,10 +384,7 @@ def raw_scores(reduced: Reduced) -> dict[str, float]:
         "task_uncertainty": reduced.task_region / region,
         "entropy": reduced.entropy_fov / fov,
         "entropy_gm": reduced.entropy_region / region,
-        **{
-            f"artefact_{name}_gm": float(per_artefact[i])
-            for i, name in enumerate(ARTEFACTS)
-        },
+        **{f"artefact_{name}_gm": float(per_artefact[i]) for i, name in enumerate(ARTEFACTS)},
     }
 
 
@@ -431,9 +396,7 @@ def risk_of(raw: dict[str, float], calibration: Calibration) -> float:
 def predicted_dice(risk: float, calibration: Calibration) -> dict[str, float]:
     """Predicted Dice and its conformal bounds, each in [0, 1]; keys as in `SCORES`."""
     dice = interpolate(calibration.dice, risk)
-    bound = next(
-        (b for b in calibration.bounds if risk <= b.risk_upto), calibration.bounds[-1]
-    )
+    bound = next((b for b in calibration.bounds if risk <= b.risk_upto), calibration.bounds[-1])
     return {
         "predicted_dice": dice,
         "predicted_dice_low": min(max(dice + bound.low, 0.0), 1.0),
@@ -441,9 +404,7 @@ def predicted_dice(risk: float, calibration: Calibration) -> dict[str, float]:
     }
 
 
-def comparable_scores(
-    raw: dict[str, float], calibration: Calibration
-) -> dict[str, float]:
+def comparable_scores(raw: dict[str, float], calibration: Calibration) -> dict[str, float]:
     """One number per artefact that means the same for all: 0 as in a clean scan, 0.5 as in a typical visible artefact.
 
     The excess of ln(mean sigma_i^2) over clean scans is unmixed with the calibration's matrix (what leaks from one
@@ -452,9 +413,7 @@ def comparable_scores(
     log_variance = np.log([raw[f"artefact_{name}_gm"] + TINY for name in ARTEFACTS])
     excess = log_variance - np.asarray(calibration.artefact_clean)
     strength = np.maximum(np.asarray(calibration.artefact_unmixing) @ excess, 0.0)
-    return {
-        name: float(z / (1.0 + z)) for name, z in zip(ARTEFACTS, strength, strict=True)
-    }
+    return {name: float(z / (1.0 + z)) for name, z in zip(ARTEFACTS, strength, strict=True)}
 
 
 def volume_error_ml(gm_variance: float, width: float) -> float:
@@ -479,11 +438,7 @@ def interpolate(knots: Knots, x: float) -> float:
 
 def worst_slices(reduced: Reduced) -> tuple[WorstSlice, ...]:
     """The worst slice of each plane, the highest mean first; a plane without a region is absent."""
-    found = [
-        slice_
-        for axis in range(3)
-        if (slice_ := _worst_slice(reduced.profiles[axis], axis)) is not None
-    ]
+    found = [slice_ for axis in range(3) if (slice_ := _worst_slice(reduced.profiles[axis], axis)) is not None]
     return tuple(sorted(found, key=lambda s: -s.variance))
 
 
@@ -514,11 +469,8 @@ def gate_features(reduced: Reduced, prepared: Prepared) -> dict[str, float]:
         "gm_width_mm": extents[0],
         "gm_length_mm": extents[1],
         "gm_height_mm": extents[2],
-        "gm_below_vertex_mm": _top_mm(reduced.profiles[2][1])
-        - _top_mm(reduced.profiles[2][0]),
-        "gm_off_centre_mm": abs(
-            _centre_mm(reduced.profiles[0][0]) - _centre_mm(reduced.profiles[0][1])
-        ),
+        "gm_below_vertex_mm": _top_mm(reduced.profiles[2][1]) - _top_mm(reduced.profiles[2][0]),
+        "gm_off_centre_mm": abs(_centre_mm(reduced.profiles[0][0]) - _centre_mm(reduced.profiles[0][1])),
         "gm_level": level,
         "bright_share": reduced.bright_cells / max(reduced.ring_cells, 1.0),
         "bright_ratio": bright / level if level > 0 else 0.0,
@@ -538,9 +490,7 @@ def _check_maps(maps: Maps, prepared: Prepared) -> None:
         if values.shape != wanted:
             raise ValueError(f"{name}: expected shape {wanted}, got {values.shape}")
         if not np.isfinite(values.sum(dtype=np.float64)):
-            raise ValueError(
-                f"{name}: holds values that are not finite; the engine or the model is at fault"
-            )
+            raise ValueError(f"{name}: holds values that are not finite; the engine or the model is at fault")
 
 
 def _volume(reduced: Reduced) -> dict[str, float]:
@@ -552,16 +502,12 @@ def _contrast(reduced: Reduced) -> dict[str, float]:
     if reduced.gm_cells * VOXEL_ML < MIN_GM_ML:
         return {}
     mean = reduced.gm_intensity / reduced.gm_cells
-    deviation = math.sqrt(
-        max(reduced.gm_intensity_square / reduced.gm_cells - mean**2, 0.0)
-    )
+    deviation = math.sqrt(max(reduced.gm_intensity_square / reduced.gm_cells - mean**2, 0.0))
     if deviation <= 0.0:
         return {}
     out = {"snr": mean / deviation}
     if reduced.bright_cells * VOXEL_ML >= MIN_RING_ML:
-        out["cnr"] = (
-            abs(reduced.bright_intensity / reduced.bright_cells - mean) / deviation
-        )
+        out["cnr"] = abs(reduced.bright_intensity / reduced.bright_cells - mean) / deviation
     return out
 
 
@@ -592,9 +538,7 @@ def _intensity_features(prepared: Prepared) -> dict[str, float]:
     air = prepared.image[prepared.native_mask & ~prepared.head_mask]
     names = (10, 25, 50, 75, 90)
     quantiles = np.percentile(inside, names) if inside.size else np.zeros(len(names))
-    features = {
-        f"head_q{name}": float(q) for name, q in zip(names, quantiles, strict=True)
-    }
+    features = {f"head_q{name}": float(q) for name, q in zip(names, quantiles, strict=True)}
     return features | {"air_level": float(air.mean()) if air.size else 0.0}
 
 
@@ -602,9 +546,7 @@ def _grow(mask: NDArray[np.bool_], cells: int) -> NDArray[np.bool_]:
     """Dilation with a cube of 2 * cells + 1, one axis after the other."""
     grown = mask.view(np.uint8)
     for axis in range(3):
-        grown = ndimage.maximum_filter1d(
-            grown, 2 * cells + 1, axis=axis, mode="constant"
-        )
+        grown = ndimage.maximum_filter1d(grown, 2 * cells + 1, axis=axis, mode="constant")
     return grown.view(np.bool_)
 
 
@@ -634,12 +576,7 @@ def _extent_mm(profile: NDArray[np.float64]) -> float:
 
 
 def _centre_mm(profile: NDArray[np.float64]) -> float:
-    return (
-        float(
-            (np.arange(len(profile)) * profile).sum() / max(float(profile.sum()), 1.0)
-        )
-        * SPACING_MM
-    )
+    return float((np.arange(len(profile)) * profile).sum() / max(float(profile.sum()), 1.0)) * SPACING_MM
 
 
 def _top_mm(profile: NDArray[np.float64]) -> float:

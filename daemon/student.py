@@ -35,6 +35,9 @@ from daemon.words import Maps
 AUTO = "auto"
 LARGEST_ON_GPU_BYTES = 2**63
 
+StudentError = EngineError
+"""What `Student.open` raises beside `CardError`: an engine that cannot be used as asked."""
+
 
 class GoldenMismatch(EngineError):
     """The golden case came out differently: this engine at this precision does not compute this model."""
@@ -60,9 +63,7 @@ def _silent(_: str) -> None:
 class Student:
     """A loaded, warmed and checked model."""
 
-    def __init__(
-        self, model: ModelFile, engine: Engine, skipped: tuple[Skipped, ...] = ()
-    ) -> None:
+    def __init__(self, model: ModelFile, engine: Engine, skipped: tuple[Skipped, ...] = ()) -> None:
         """Hold a model and the engine that runs it; `Student.open` makes both."""
         self._model, self._engine, self.skipped = model, engine, skipped
         self._loaded: set[Bucket] = set()
@@ -101,9 +102,7 @@ class Student:
         for bucket in model.card.buckets:
             student.load(bucket, memory_limit_bytes, say)
         student.check_golden()
-        say(
-            f"golden case reproduced on {student.facts.provider} in {student.facts.precision}"
-        )
+        say(f"golden case reproduced on {student.facts.runtime} in {student.facts.precision}")
         return student
 
     @property
@@ -137,16 +136,10 @@ class Student:
             MemoryShort: the bucket does not fit.
             EngineError: the engine failed.
         """
-        need = memory_needed_bytes(
-            self._model, bucket, self.facts.engine, self.facts.precision
-        )
-        on_gpu = self.facts.engine in ("cuda", "tensorrt")
-        free = memory_limit_bytes or (
-            LARGEST_ON_GPU_BYTES if on_gpu else available_memory_bytes()
-        )
-        say(
-            f"bucket {_text(bucket)}: about {need / 2**20:.0f} MiB on {self.facts.provider}"
-        )
+        need = memory_needed_bytes(self._model, bucket, self.facts.provider, self.facts.precision)
+        on_gpu = self.facts.provider in ("cuda", "tensorrt")
+        free = memory_limit_bytes or (LARGEST_ON_GPU_BYTES if on_gpu else available_memory_bytes())
+        say(f"bucket {_text(bucket)}: about {need / 2**20:.0f} MiB on {self.facts.runtime}")
         if need > free:
             raise MemoryShort(
                 f"bucket {_text(bucket)} needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
@@ -183,9 +176,7 @@ class Student:
         if sums is not None:
             return Reduced.from_sums(sums)
         out = self._engine.run(image)
-        maps = Maps(
-            out["gm_probability"][0], out["task_variance"][0], out["artefact_variance"]
-        )
+        maps = Maps(out["gm_probability"][0], out["task_variance"][0], out["artefact_variance"])
         return reduce_maps(maps, prepared, level)
 
     def score(self, prepared: Prepared) -> Scores:
@@ -205,21 +196,13 @@ class Student:
         """
         golden = self.card.golden
         if golden is None or not self._model.golden:
-            raise CardError(
-                f"{self.card.name}: no golden case inside; export the model again"
-            )
+            raise CardError(f"{self.card.name}: no golden case inside; export the model again")
         if golden_sha256(self._model.golden) != golden.sha256:
-            raise CardError(
-                f"{self.card.name}: the golden case was altered; copy or export the file again"
-            )
+            raise CardError(f"{self.card.name}: the golden case was altered; copy or export the file again")
         scores, verdict = golden_outcome(self, self._model.golden)
         worst = largest_difference(golden, scores)
         if not worst.relative <= golden.tolerance or verdict != golden.verdict:
-            raise GoldenMismatch(
-                _mismatch(
-                    self.facts, golden, worst.name, worst.expected, worst.got, verdict
-                )
-            )
+            raise GoldenMismatch(_mismatch(self.facts, golden, worst.name, worst.expected, worst.got, verdict))
 
 
 def choose_engine(
@@ -236,12 +219,8 @@ def choose_engine(
     skipped: list[Skipped] = []
     for name in PRECISIONS:
         try:
-            if name == "tensorrt" and (
-                cache is None or not cache.is_dir() or not any(cache.iterdir())
-            ):
-                raise EngineMissing(
-                    "no engine was built ahead; run `rescan-export tensorrt`"
-                )
+            if name == "tensorrt" and (cache is None or not cache.is_dir() or not any(cache.iterdir())):
+                raise EngineMissing("no engine was built ahead; run `rescan-export tensorrt`")
             opened = open_engine(
                 model,
                 name,
@@ -253,10 +232,7 @@ def choose_engine(
             skipped.append(Skipped(name, str(error)))
         else:
             return opened, tuple(skipped)
-    raise EngineMissing(
-        "engine auto: none can be used: "
-        + "; ".join(f"{s.engine}: {s.reason}" for s in skipped)
-    )
+    raise EngineMissing("engine auto: none can be used: " + "; ".join(f"{s.engine}: {s.reason}" for s in skipped))
 
 
 def admitted_precision(card: Card, engine: str, precision: str) -> str:
@@ -278,9 +254,7 @@ def admitted_precision(card: Card, engine: str, precision: str) -> str:
     return admitted[-1]
 
 
-def golden_outcome(
-    student: Student, packed: str
-) -> tuple[dict[str, float], str | None]:
+def golden_outcome(student: Student, packed: str) -> tuple[dict[str, float], str | None]:
     """Scores and verdict of a packed golden case, through the same steps as a scan.
 
     Returns:
@@ -290,11 +264,7 @@ def golden_outcome(
     reduced = student.reduce(prepared)
     scores = score_reduced(reduced, prepared, student.card)
     values = raw_scores(reduced) | scores.flat()
-    verdict = (
-        None
-        if student.card.calibration is None
-        else judge(scores, student.card).verdict.value
-    )
+    verdict = None if student.card.calibration is None else judge(scores, student.card).verdict.value
     return values, verdict
 
 
@@ -308,7 +278,7 @@ def _mismatch(
 ) -> str:
     return (
         f"golden case: {name} is {got:.6g}, expected {expected:.6g} within {100 * golden.tolerance:g} %, verdict {verdict}, "
-        f"expected {golden.verdict} ({facts.provider}, {facts.precision}); set precision fp32 or another engine, or export again"
+        f"expected {golden.verdict} ({facts.runtime}, {facts.precision}); set precision fp32 or another engine, or export again"
     )
 
 
