@@ -27,7 +27,7 @@ COMMANDS = {
     "card": ("daemon.card", "print the card inside a model file"),
     "keys": ("daemon.keys", "make and authorise the keys that protect events"),
     "history": ("daemon.history", "export verdicts, alerts and feedback"),
-    "calibrate": ("daemon.calibrate_command", "fit the thresholds of this site to its own history"),
+    "calibrate": ("daemon.calibration", "fit the thresholds of this site to its own history"),
     "purge": ("daemon.purge", "delete received images before their time"),
 }
 """Name -> the module whose `add_parser(subparsers)` makes it, and one line of help."""

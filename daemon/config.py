@@ -164,6 +164,7 @@ class ModelSettings:
     threads: int = _setting(
         0, "threads for inference on the CPU; 0 takes the cores this process may use", low=0, high=256
     )
+    engine_cache: Path | None = _setting(None, "folder of engines built ahead by `rescan-export tensorrt`")
     strikes: int = _setting(3, "crashes of the scorer after which a series is quarantined", low=1, high=10)
     time_limit_s: float = _setting(300.0, "seconds after which a scoring that hangs is ended", low=5, high=3600)
 
@@ -463,7 +464,7 @@ def _check_range(value: object, path: str, metadata: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Described:
-    """One setting as documentation: dotted path, type word, default, range, help, and whether SIGHUP may change it."""
+    """One setting as documentation: dotted path, type word, default, range, help, whether SIGHUP may change it, choices."""
 
     path: str
     kind: str
@@ -472,6 +473,7 @@ class Described:
     high: float | None
     help: str
     live: bool
+    choices: tuple[str, ...] = ()
 
 
 def describe(cls: type = Settings, prefix: str = "") -> list[Described]:
@@ -485,7 +487,11 @@ def describe(cls: type = Settings, prefix: str = "") -> list[Described]:
             continue
         m = f.metadata
         default = None if _has_no_default(f) else f.default_factory() if callable(f.default_factory) else f.default
-        found.append(Described(f"{prefix}{f.name}", _word(hint), default, m["low"], m["high"], m["help"], m["live"]))
+        found.append(
+            Described(
+                f"{prefix}{f.name}", _word(hint), default, m["low"], m["high"], m["help"], m["live"], _choices(hint)
+            )
+        )
         (item,) = typing.get_args(hint)[:1] or (None,)
         if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item) and isinstance(item, type):
             found += describe(item, f"{prefix}{f.name}[].")
@@ -500,6 +506,10 @@ def _word(hint: Any) -> str:
         return "array"
     words = {bool: "boolean", int: "integer", float: "number", dict: "object"}
     return words.get(typing.get_origin(hint) or hint, "string")
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return tuple(hint) if isinstance(hint, type) and issubclass(hint, StrEnum) else ()
 
 
 def value_at(settings: Settings, path: str) -> Any:
