@@ -1,0 +1,1 @@
+"""The bridge: a trained student becomes the one file that the daemon serves."""
