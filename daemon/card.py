@@ -108,7 +108,6 @@ class Calibration:
 
     Attributes:
         population: the scans that the guarantee holds for, in words.
-        temperature: divisor of the logits before softmax, > 0; baked into the graph at export.
         risk: summands of the risk, the one number that predicted Dice and Test B are functions of.
         dice: risk -> predicted Dice, decreasing.
         bounds: conformal offsets in order of rising risk.
@@ -128,7 +127,6 @@ class Calibration:
     """
 
     population: str
-    temperature: float
     risk: tuple[Term, ...]
     dice: Knots
     bounds: tuple[Bound, ...]
@@ -177,6 +175,7 @@ class Card:
         orientation: direction of the three axes of increasing index.
         preparation: the intensity preparation in words.
         buckets: allowed (D, H, W), smallest first.
+        temperature: divisor of the logits before softmax, baked into the graph at export.
         graph_sha256: hash of the graph's bytes, weights included; empty only while the file is being written.
         opset: ONNX opset of the graph.
         operators: operator -> how many of them.
@@ -200,6 +199,7 @@ class Card:
     orientation: str
     preparation: str
     buckets: tuple[tuple[int, int, int], ...]
+    temperature: float
     graph_sha256: str
     opset: int
     operators: dict[str, int]
@@ -319,7 +319,6 @@ def check_calibration(calibration: Calibration, source: str) -> None:
     """
     c = calibration
     problems = [
-        (c.temperature > 0, "temperature must be above 0"),
         (len(c.risk) > 0 and all(t.weight >= 0 and t.floor > 0 for t in c.risk), "risk needs weights >= 0, floors > 0"),
         (_is_monotone(c.dice, rising=False), "dice knots must rise in x and fall in y"),
         (_is_monotone(c.volume_width, rising=True), "volume_width knots must rise in x and in y"),
