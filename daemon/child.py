@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from daemon.config import Settings
@@ -56,7 +57,8 @@ class Child:
         self.restarts = 0
         self._letters: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._clock = clock
-        self._wait_s = _FIRST_WAIT_S
+        self.wait_s = _FIRST_WAIT_S
+        """Seconds between its last death and its next start."""
         self._started = 0.0
         self.due: float | None = None
         """When to start again; None while it runs or was stopped."""
@@ -105,8 +107,8 @@ class Child:
         """
         status = self.end(limit_s=0.5)
         now = self._clock()
-        self._wait_s = _FIRST_WAIT_S if now - self._started > _HEALTHY_S else min(2 * self._wait_s, _LONGEST_WAIT_S)
-        self.due = now + self._wait_s
+        self.wait_s = _FIRST_WAIT_S if now - self._started > _HEALTHY_S else min(2 * self.wait_s, _LONGEST_WAIT_S)
+        self.due = now + self.wait_s
         self.restarts += 1
         return status
 
@@ -143,7 +145,7 @@ def _environment() -> dict[str, str]:
 
 def _home() -> str:
     """The folder that holds this package, so that a child finds it from any working folder."""
-    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return str(Path(__file__).resolve().parents[1])
 
 
 def die_with(parent: int) -> None:

@@ -32,10 +32,10 @@ def settings_from(args: argparse.Namespace) -> Effective:
     Raises:
         ConfigError: a value that cannot be used; one line.
     """
-    return load(args.config, _flags(args))
+    return load(args.config, flags_from(args))
 
 
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
+def flags_from(args: argparse.Namespace) -> dict[str, Any]:
     """Dotted path -> value, for the flags that were given."""
     direct = {
         "state": args.state,

@@ -1,0 +1,588 @@
+"""`rescan serve`: the flow in one place.
+
+The parts are built in the order of the data, started, supervised, and stopped in reverse:
+
+    receiver -> spool -> reader -> series -> scorer -> judge -> ledger -> publish, metrics, page
+
+The receiver, the reader and the scorer are processes of their own; what they do is made durable by the spool before and by
+the ledger after, so each of them, and this one, may die at any moment. One thread owns all state here: the main loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import IO, Any
+
+from daemon import __version__
+from daemon.calibration import FILE_NAME, CalibrationError, SiteCalibration, in_force, load_site
+from daemon.child import Child
+from daemon.config import ConfigError, Settings, load, needs_restart
+from daemon.flags import add_settings_flags, flags_from, settings_from
+from daemon.flow import Flow, Served, Verdicts
+from daemon.ledger import Ledger, LedgerError
+from daemon.log import Event, Log, quiet_libraries
+from daemon.metrics import Metrics
+from daemon.publish import Publisher
+from daemon.reader import spool_folder
+from daemon.reasons import REASONS
+from daemon.result import SiteKey
+from daemon.rules import RuleError, load_rules
+from daemon.scorer import Scored
+from daemon.series import Assembly
+from daemon.spool import SpoolError, SpoolReader, StoredInstance
+from daemon.watchdog import notify
+from daemon.web import Probes, Web, make_app
+from daemon.words import Refusal
+
+IN_FLIGHT = 32
+"""Headers asked for and not yet answered: enough to keep the reader busy, few enough that no pipe fills."""
+
+WAITING = 4096
+"""Records taken from the spool and not yet applied."""
+
+HEADER_LIMIT_S = 15.0
+"""A header that takes longer hangs; its instance is skipped."""
+
+HEADER_STRIKES = 3
+"""Deaths of the reader at the same instance after which that instance is skipped."""
+
+TURN_S = 0.5
+"""The main loop turns at least this often."""
+
+SLOW_TURN_S = 10.0
+"""Between looks at what changes slowly: disk, memory, retention."""
+
+STAGES = {"volume": "assemble", "prepare": "preprocess", "infer": "infer", "score": "postprocess"}
+"""The scorer's steps -> the stages of the metrics."""
+
+FORCED = 130
+"""Exit status after a second signal."""
+
+
+class App:
+    """The running daemon."""
+
+    def __init__(self, settings: Settings, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> None:
+        """Build every part that needs no process.
+
+        Args:
+            settings: in force.
+            file: TOML file that is read again at SIGHUP.
+            flags: what the command line set, as `load` takes it.
+
+        Raises:
+            ConfigError: settings that cannot be used here; the message is one line.
+        """
+        self.settings, self.file, self.flags = settings, file, flags or {}
+        self.log = Log(settings.log.format)
+        self._lock = lock_state(settings.state)
+        self.key = _site_key(settings.state)
+        self.rules = load_rules(settings.rules)
+        self.metrics = Metrics([s.slug for s in settings.scanners], [r.name for r in self.rules], REASONS)
+        self.ledger = Ledger.open(settings.state / "ledger.db")
+        self.publisher = Publisher(settings.events, self.ledger, ready=lambda: not self.not_ready())
+        self.calibration = _Calibration(settings.state / FILE_NAME)
+        self.flow = Flow(
+            settings, self.key, self.rules, Assembly(settings), self.ledger.last_result, self.calibration.for_scan
+        )
+        self.children = {name: Child(name, settings) for name in ("receiver", "reader", "scorer")}
+        self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self.metrics.scrape)))
+        self.spool: SpoolReader | None = None
+        self.dicom_port: int | None = None
+        self.model_reason: str | None = "the model is being loaded and checked"
+        self._turned = time.monotonic()
+        self._started = (time.time(), time.monotonic())
+        self._signals: list[int] = []
+        self._reload_asked = self._said_started = False
+        self._wake, self._waker = socket.socketpair()
+        self._in_flight: deque[StoredInstance] = deque()
+        self._unsent: deque[StoredInstance] = deque()
+        self._answered = time.monotonic()
+        self._reader_strikes: tuple[int, int] = (-1, 0)
+        self._job_started: float | None = None
+        self._position = self._replay_until = 0
+        self._slow_due = 0.0
+
+    # --- start, turn, stop --------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until a signal."""
+        self.start()
+        while not self._signals:
+            self.turn(TURN_S)
+        self.stop()
+        return 0
+
+    def start(self) -> None:
+        """Start the parts in the order of the data."""
+        (self.settings.state / "ports.json").unlink(missing_ok=True)
+        spool_folder(self.settings).mkdir(mode=0o700, exist_ok=True)
+        self._catch_signals()
+        self.publisher.start()
+        for child in self.children.values():
+            child.start()
+            self.log.write(Event.PROCESS_STARTED, process=child.name)
+        self.web.start()
+
+    def turn(self, limit_s: float) -> None:
+        """One turn of the main loop: wait for news, take it in, move everything that can move."""
+        self._turned = time.monotonic()
+        for child in self._with_news(limit_s):
+            self._listen_to(child)
+        self._restart_the_dead()
+        if self.spool is not None:
+            self._take_records(self.spool)
+            self._ask_for_headers()
+            self._judge(self.flow.apply(self.now()))
+            self._end_replay()
+            self._judge(self.flow.apply_time(self.now()))
+            self._give_job()
+        self._look_at_what_changes_slowly()
+
+    def stop(self) -> None:
+        """Stop the parts in reverse; a second signal ends the process at once."""
+        self.log.write(Event.STOPPING, signal=signal.Signals(self._signals[0]).name if self._signals else None)
+        notify("STOPPING=1")
+        self.web.stop()
+        for name in ("receiver", "scorer", "reader"):
+            self.children[name].end(limit_s=5.0)
+        self.publisher.stop()
+        self.ledger.close()
+        (self.settings.state / "ports.json").unlink(missing_ok=True)
+        self._lock.close()
+        self.log.write(Event.STOPPED)
+
+    def now(self) -> float:
+        """Unix seconds that never jump while the daemon runs."""
+        wall, monotonic = self._started
+        return wall + time.monotonic() - monotonic
+
+    def age_s(self) -> float:
+        """Seconds since the main loop last turned."""
+        return time.monotonic() - self._turned
+
+    def not_ready(self) -> list[str]:
+        """Why no verdict would come now; empty when ready."""
+        reasons = [f"the {name} is starting again" for name, child in self.children.items() if child.due is not None]
+        if self.dicom_port is None:
+            reasons.append("the DICOM port is not open yet")
+        if self.model_reason is not None:
+            reasons.append(self.model_reason)
+        if self.flow.replaying:
+            reasons.append("the spool is being read again")
+        return reasons
+
+    # --- news ---------------------------------------------------------------------------------------------------------
+
+    def _catch_signals(self) -> None:
+        """Note signals and wake the main loop; a second request to stop ends the process at once."""
+
+        def note(number: int, _frame: object) -> None:
+            if number == signal.SIGHUP:
+                self._reload_asked = True
+                return
+            if self._signals:
+                os._exit(FORCED)
+            self._signals.append(number)
+
+        self._waker.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, note)
+
+    def _with_news(self, limit_s: float) -> list[Child]:
+        """Wait for any child to say something or die, for a signal, or for the next thing that is due."""
+        due = [child.due - time.monotonic() for child in self.children.values() if child.due is not None]
+        deadline = self.flow.assembly.next_deadline()
+        if deadline is not None:
+            due.append(deadline - self.now())
+        controls = {child.control: child for child in self.children.values() if child.control is not None}
+        ready = wait([*controls, self._wake], max(min([limit_s, *due]), 0.0))
+        if self._wake in ready:
+            self._wake.recv(4096)
+        return [controls[each] for each in ready if isinstance(each, Connection)]
+
+    def _listen_to(self, child: Child) -> None:
+        try:
+            messages = child.receive()
+        except EOFError:
+            self._lost(child)
+            return
+        hear = {"receiver": self._hear_receiver, "reader": self._hear_reader, "scorer": self._hear_scorer}[child.name]
+        for message in messages:
+            hear(message)
+
+    def _hear_receiver(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "listening":
+            self.dicom_port = message["port"]
+            self.spool = self.spool or self._open_spool()
+            self._say_where()
+        elif message["kind"] == "count":
+            self.metrics.apply(message["metric"], message["labels"], message["value"])
+
+    def _hear_reader(self, message: dict[str, Any]) -> None:
+        self._in_flight.popleft()
+        self._answered = time.monotonic()
+        self._take_header(message["position"], message["header"])
+
+    def _hear_scorer(self, message: dict[str, Any]) -> None:
+        if message["kind"] == "loaded":
+            self._take_model(message)
+        elif message["kind"] == "unusable":
+            self.model_reason = message["text"]
+            self.log.write(Event.NOT_READY, level="error", reason=message["text"])
+        elif message["kind"] == "scored":
+            self._job_started = None
+            self._count_stages(message["scored"])
+            self._judge(self.flow.scored(message["job"], message["scored"], self.now()))
+
+    # --- the spool and its headers ------------------------------------------------------------------------------------
+
+    def _open_spool(self) -> SpoolReader:
+        spool = SpoolReader(spool_folder(self.settings))
+        self._replay_until = spool.last_position()
+        return spool
+
+    def _take_records(self, spool: SpoolReader) -> None:
+        if len(self.flow.waiting) >= WAITING:
+            return
+        for record in spool.follow(self._position):
+            self._position = record.position
+            self.flow.add(record)
+            if isinstance(record, StoredInstance):
+                self._unsent.append(record)
+
+    def _ask_for_headers(self) -> None:
+        batch: list[StoredInstance] = []
+        while self._unsent and len(self._in_flight) < IN_FLIGHT:
+            batch.append(self._unsent.popleft())
+            self._in_flight.append(batch[-1])
+        if batch:
+            if len(batch) == len(self._in_flight):
+                self._answered = time.monotonic()
+            self.children["reader"].send({"kind": "read", "instances": batch})
+        elif self._in_flight and time.monotonic() - self._answered > HEADER_LIMIT_S:
+            self._lost(self.children["reader"])
+
+    def _take_header(self, position: int, header: Any) -> None:
+        if isinstance(header, Refusal):
+            self.metrics.count("header_errors_total", reason=header.reason.code)
+        self.flow.add_header(position, header)
+
+    def _end_replay(self) -> None:
+        if self.flow.replaying and self._position >= self._replay_until and not self.flow.waiting:
+            self._judge(self.flow.end_replay(self.now()))
+            self.log.write(Event.RESTORED, position=self._position)
+
+    # --- children that died -------------------------------------------------------------------------------------------
+
+    def _lost(self, child: Child) -> None:
+        status = child.lost()
+        self.metrics.count("process_restarts_total", process=child.name)
+        self.log.write(
+            Event.PROCESS_ENDED,
+            level="error",
+            process=child.name,
+            status=status,
+            restarts=child.restarts,
+            next=child.wait_s,
+        )
+        if child.name == "reader":
+            self._reader_lost()
+        elif child.name == "scorer":
+            self._scorer_lost()
+        else:
+            self.dicom_port = None
+
+    def _reader_lost(self) -> None:
+        """Ask again for what was not answered; give up on an instance that the reader keeps dying of."""
+        if not self._in_flight:
+            return
+        suspect = self._in_flight[0].position
+        strikes = self._reader_strikes[1] + 1 if self._reader_strikes[0] == suspect else 1
+        self._reader_strikes = (suspect, strikes)
+        if strikes >= HEADER_STRIKES:
+            self._in_flight.popleft()
+            self._take_header(suspect, Refusal("bad_header", REASONS["bad_header"]))
+        self._unsent.extendleft(reversed(self._in_flight))
+        self._in_flight.clear()
+
+    def _scorer_lost(self) -> None:
+        self._job_started = None
+        self.flow.served = None
+        self.model_reason = "the scorer is starting again"
+        self.metrics.count("inference_errors_total", reason="scorer_crashed")
+        self._judge(self.flow.scorer_died(self.now()))
+
+    def _restart_the_dead(self) -> None:
+        for child in self.children.values():
+            if child.due is not None and child.due <= time.monotonic():
+                child.start()
+                self.log.write(Event.PROCESS_STARTED, process=child.name)
+
+    # --- scoring and results ------------------------------------------------------------------------------------------
+
+    def _take_model(self, message: dict[str, Any]) -> None:
+        engine = message["engine"]
+        self.flow.served = Served(message["card"], message["sha256"], engine)
+        self.model_reason = None
+        self.metrics.only(
+            "build_info",
+            1,
+            version=__version__,
+            model=f"{message['card'].name} {message['card'].version}",
+            ort=str(engine.get("runtime", "")),
+            provider=str(engine["provider"]),
+        )
+        self.log.write(
+            Event.ENGINE,
+            model=f"{message['card'].name} {message['card'].version}",
+            engine=engine["provider"],
+            precision=engine["precision"],
+            device=engine["device"],
+        )
+        self._say_where()
+
+    def _give_job(self) -> None:
+        """Give the scorer the next job; end a scoring that hangs."""
+        limit_s = self.settings.model.time_limit_s
+        if self._job_started is not None and time.monotonic() - self._job_started > limit_s:
+            self._lost(self.children["scorer"])
+        if self.flow.served is None:
+            return
+        job = self.flow.next_job()
+        if job is not None:
+            self._job_started = time.monotonic()
+            picture = self.key.ref(f"pictures {job.stack.key} {job.content}")
+            self.children["scorer"].send({"kind": "score", "job": job.number, "stack": job.stack, "picture": picture})
+
+    def _judge(self, verdicts: Iterable[Verdicts]) -> None:
+        """Write results down; everything else shows what is in the ledger."""
+        for verdict in verdicts:
+            result = verdict.result
+            self.ledger.record(verdict.result)
+            self.publisher.wake()
+            self._count_verdict(verdict)
+            self.log.write(
+                Event.SERIES,
+                series_ref=result["series_ref"],
+                scanner=result["scanner"],
+                verdict=result["verdict"],
+                final=result["final"],
+                revision=result["revision"],
+                artefact=result["dominant_artefact"],
+                predicted_dice=result["scores"].get("predicted_dice"),
+                required_dice=result.get("required_dice"),
+                reasons=",".join(reason["code"] for reason in result["reasons"]),
+                completeness=result["evidence"].get("completeness"),
+                instances=result["evidence"].get("instances"),
+                rule=result["policy"]["rule"],
+                seconds=result["timing_s"].get("last_instance_to_verdict"),
+            )
+
+    # --- what is said and counted -------------------------------------------------------------------------------------
+
+    def _count_verdict(self, verdict: Verdicts) -> None:
+        result, scanner = verdict.result, verdict.identity.scanner
+        refused = result["verdict"] == "CANNOT_JUDGE"
+        waited_s = result["timing_s"].get("last_instance_to_verdict", 0.0)
+        if result["revision"] == 1 and result["supersedes"] is None:
+            self.metrics.observe("last_slice_to_verdict_seconds", waited_s, scanner=scanner)
+        if not result["final"]:
+            return
+        rule = result["policy"]["rule"] or ""
+        self.metrics.count("verdicts_total", scanner=scanner, rule=rule, verdict=result["verdict"])
+        self.metrics.count("series_total", scanner=scanner, outcome=_outcome(result))
+        if refused:
+            self.metrics.count("series_skipped_total", reason=result["reasons"][0]["code"])
+        if "predicted_dice" in result["scores"]:
+            self.metrics.observe("quality_score", result["scores"]["predicted_dice"], scanner=scanner, rule=rule)
+        for name, artefact in result["artefacts"].items():
+            if "score" in artefact:
+                self.metrics.observe("artefact_score", artefact["score"], scanner=scanner, artefact=name)
+
+    def _count_stages(self, scored: Scored) -> None:
+        for ours, stage in STAGES.items():
+            if ours in scored.seconds:
+                self.metrics.observe("stage_duration_seconds", scored.seconds[ours], stage=stage)
+        if scored.scores is not None:
+            self.metrics.set("last_inference_timestamp_seconds", time.time())
+        elif scored.refusal is not None and scored.refusal.code == "scorer_failed":
+            self.metrics.count("inference_errors_total", reason="scorer_failed")
+
+    def _say_where(self) -> None:
+        """Once all ports are known, write them down; once the model is ready too, say so."""
+        if self.dicom_port is None:
+            return
+        ports = {
+            "dicom": self.dicom_port,
+            "events": self.publisher.publish_port,
+            "replay": self.publisher.replay_port,
+            "http": self.web.port,
+        }
+        write_ports(self.settings.state / "ports.json", ports)
+        if not self._said_started:
+            self._said_started = True
+            self.log.write(Event.STARTED, version=__version__, **ports)
+        if self.model_reason is None:
+            self.log.write(Event.READY)
+            notify("READY=1")
+
+    def _look_at_what_changes_slowly(self) -> None:
+        notify("WATCHDOG=1")
+        self._set_gauges()
+        if self._reload_asked:
+            self._reload_asked = False
+            self.reload()
+        if time.monotonic() < self._slow_due or self.spool is None:
+            return
+        self._slow_due = time.monotonic() + SLOW_TURN_S
+        facts = self.spool.facts()
+        self.metrics.set("spool_bytes", facts.size_bytes)
+        self.metrics.set("spool_free_bytes", facts.free_bytes)
+        self.metrics.set("spool_quota_bytes", self.settings.spool.quota_bytes)
+        self.metrics.set("spool_oldest_age_seconds", facts.oldest_age_s or 0.0)
+        self.metrics.set("clock_step_seconds", time.time() - self.now())
+        for name, pid in {
+            "main": os.getpid(),
+            **{c.name: c.process.pid for c in self.children.values() if c.process},
+        }.items():
+            self.metrics.set("process_memory_bytes", resident_bytes(pid), process=name)
+
+    def _set_gauges(self) -> None:
+        flow, now = self.flow, self.now()
+        self.metrics.set("ready", not self.not_ready())
+        self.metrics.set("queue_depth", len(flow.waiting), stage="headers")
+        self.metrics.set("queue_depth", len(flow.queue) + int(flow.running is not None), stage="score")
+        self.metrics.set("queue_oldest_age_seconds", flow.oldest_wait_s(now), stage="score")
+
+    # --- SIGHUP -------------------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Read the settings again: all of them or none; what needs a restart is named."""
+        try:
+            new = load(self.file, self.flags).settings
+            rules = load_rules(new.rules)
+            self.calibration.read()
+        except (ConfigError, RuleError, CalibrationError) as error:
+            self.log.write(Event.RELOAD_REFUSED, level="error", reason=str(error))
+            return
+        waiting = needs_restart(self.settings, new)
+        if waiting:
+            self.log.write(Event.RELOAD_REFUSED, level="warning", reason="needs a restart", settings=",".join(waiting))
+            return
+        self.settings, self.rules = new, rules
+        self.flow.settings, self.flow.rules = new, rules
+        self.log.write(Event.RELOADED)
+
+
+class _Calibration:
+    """STATE/calibration.json, read at start and at SIGHUP."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._document: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again.
+
+        Raises:
+            CalibrationError: it cannot be used; what was read before stays.
+        """
+        self._document = load_site(self._path)
+
+    def for_scan(self, model_sha256: str, scanner: str, rule: str) -> SiteCalibration | None:
+        """The site's numbers for one scan, or None."""
+        return in_force(self._document, model_sha256, scanner, rule)
+
+
+def lock_state(state: Path) -> IO[str]:
+    """Make the state folder this process's alone.
+
+    Raises:
+        ConfigError: another daemon uses it, or it cannot be made.
+    """
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (state / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"state: {state}: {error.strerror}; give a folder that this user may write: --state DIR"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ConfigError(
+            f"state: {state} is in use by another rescan serve; stop that one or give another --state"
+        ) from None
+    return lock
+
+
+def _site_key(state: Path) -> SiteKey:
+    try:
+        return SiteKey.load(state)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def write_ports(path: Path, ports: dict[str, int]) -> None:
+    """Write STATE/ports.json, whole or not at all."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(ports) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def resident_bytes(pid: int) -> float:
+    """Resident memory of a process; 0 where it is gone."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return float(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    """What became of a stack, as the metric says it."""
+    if result["verdict"] != "CANNOT_JUDGE":
+        return "scored"
+    code = result["reasons"][0]["code"]
+    if code in {"scorer_crashed", "scorer_failed"}:
+        return "failed"
+    return "incomplete" if code in {"incomplete", "missing_slices", "partial_coverage"} else "skipped"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """`rescan serve`."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="receive series, judge them, publish verdicts",
+        description="Receive series by DICOM C-STORE, judge them, and publish verdicts, alerts, metrics and a page.",
+        epilog="examples:\n"
+        "  rescan serve                                        on loopback, for trying it out\n"
+        "  rescan serve --config /etc/rescan.toml              at a scanner; the file lists who may send\n"
+        "  rescan serve --dicom 127.0.0.1:0 --http 127.0.0.1:0 ports picked by the system, told in STATE/ports.json",
+    )
+    add_settings_flags(parser)
+    parser.set_defaults(func=serve)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Run the daemon until a signal."""
+    effective = settings_from(args)
+    quiet_libraries(Log(effective.settings.log.format), "main")
+    try:
+        return App(effective.settings, args.config, flags_from(args)).run()
+    except (CalibrationError, RuleError, LedgerError, SpoolError) as error:
+        raise ConfigError(str(error)) from None
