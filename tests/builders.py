@@ -1,0 +1,113 @@
+"""Builders of synthetic series: a simple head, and the DICOM that scanners would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from daemon.dicom_write import Plan, classic_series, enhanced_image
+from daemon.words import Volume
+
+SMALL_SHAPE = (128, 112, 96)
+"""(z, y, x) of a head at 2 mm: inferior to superior, posterior to anterior, left to right."""
+
+
+def head_phantom(shape: tuple[int, int, int] = SMALL_SHAPE, spacing: float = 2.0) -> NDArray[np.uint16]:
+    """A bright ellipsoid of scalp, skull and brain with a neck, (z, y, x) uint16, off centre in every axis."""
+    z, y, x = np.meshgrid(*[(np.arange(n) - n / 2 + 0.5) * spacing for n in shape], indexing="ij")
+    z = z - 0.06 * shape[0] * spacing
+    y = y - 4.0
+
+    def inside(a: float, b: float, c: float) -> NDArray[np.bool_]:
+        return (x / a) ** 2 + (y / b) ** 2 + (z / c) ** 2 < 1.0
+
+    head = np.zeros(shape, dtype=np.float64)
+    neck = ((x / 52) ** 2 + ((y + 10) / 58) ** 2 < 1) & (z < -40)
+    head[neck] = 500
+    head[inside(76, 96, 92)] = 900
+    head[inside(71, 91, 87)] = 60
+    head[inside(67, 87, 83)] = 560
+    head[inside(58, 78, 74)] = 820
+    head[inside(14, 26, 18)] = 150
+    head[(x > 20) & inside(58, 78, 74)] += 40
+    texture = np.random.default_rng(7).normal(0.0, 8.0, shape)
+    return np.clip(head + texture + 10, 0, 4095).astype(np.uint16)
+
+
+def volume_of(volume_zyx: NDArray[Any], spacing: tuple[float, float, float]) -> Volume:
+    """A (z, y, x) array with its spacing in the same order as a volume in RAS+, centred on the origin."""
+    voxels = np.ascontiguousarray(np.transpose(volume_zyx, (2, 1, 0))).astype(np.float32)
+    steps = np.array(spacing[::-1], dtype=np.float64)
+    affine = np.diag([*steps, 1.0])
+    affine[:3, 3] = -steps * (np.array(voxels.shape) - 1) / 2
+    return Volume(voxels, affine)
+
+
+def build_classic_series(
+    volume_zyx: NDArray[Any],
+    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0),
+    orientation: str = "sagittal",
+    *,
+    plan: Plan | None = None,
+    affine: NDArray[np.float64] | None = None,
+    **overrides: Any,
+) -> list[Dataset]:
+    """Classic MR slices of a head.
+
+    Args:
+        volume_zyx: uint16, inferior to superior, posterior to anterior, left to right.
+        spacing: millimetres along z, y, x.
+        orientation: sagittal, coronal or axial.
+        plan: further choices; its plane and overrides are replaced.
+        affine: RAS+ millimetres of the (x, y, z) voxels instead of an upright head.
+        **overrides: DICOM keyword -> value or function of the slice's number; `seed` names the series.
+    """
+    return classic_series(*_volume_and_plan(volume_zyx, spacing, orientation, plan, affine, overrides))
+
+
+def build_enhanced(
+    volume_zyx: NDArray[Any],
+    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0),
+    orientation: str = "sagittal",
+    *,
+    plan: Plan | None = None,
+    affine: NDArray[np.float64] | None = None,
+    legacy: bool = False,
+    **overrides: Any,
+) -> Dataset:
+    """One Enhanced MR image of a head; arguments as for `build_classic_series`."""
+    return enhanced_image(*_volume_and_plan(volume_zyx, spacing, orientation, plan, affine, overrides), legacy=legacy)
+
+
+def _volume_and_plan(
+    volume_zyx: NDArray[Any],
+    spacing: tuple[float, float, float],
+    orientation: str,
+    plan: Plan | None,
+    affine: NDArray[np.float64] | None,
+    overrides: dict[str, Any],
+) -> tuple[Volume, Plan]:
+    base = plan or Plan()
+    seed = str(overrides.pop("seed", base.seed))
+    volume = volume_of(volume_zyx, spacing)
+    if affine is not None:
+        volume = Volume(volume.voxels, affine)
+    fields = {name: getattr(base, name) for name in Plan.__dataclass_fields__}
+    changed = {"seed": seed, "plane": orientation, "overrides": {**base.overrides, **overrides}}
+    return volume, Plan(**{**fields, **changed})
+
+
+def every(datasets: Iterable[Dataset], **values: Any) -> list[Dataset]:
+    """The same datasets, each with these attributes set (None removes one)."""
+    changed = list(datasets)
+    for ds in changed:
+        for keyword, value in values.items():
+            if value is None:
+                del ds[keyword]
+            else:
+                setattr(ds, keyword, value)
+    return changed
