@@ -39,7 +39,7 @@ test: $(STAMP)-training
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-daemon: $(STAMP)-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@RESCAN_TEST_WITHOUT_TORCH=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(STAMP)-training
 	@echo "ruff: style and mistakes"

@@ -20,7 +20,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-TORCH_MISSING = importlib.util.find_spec("torch") is None
+TORCH_MISSING = importlib.util.find_spec("torch") is None or bool(os.environ.get("RESCAN_TEST_WITHOUT_TORCH"))
 _NEEDS_TORCH = re.compile(
     r"^\s*(import torch|from torch|import training|from training|import export|from export)\b", re.M
 )
