@@ -363,7 +363,11 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
         centre[1] - 0.5 * shape[1] * SPACING_MM,
         vertex_mm + ABOVE_VERTEX_MM - shape[2] * SPACING_MM,
     )
-    snapped = [canonical.start_mm[a] + canonical.spacing_mm[a] * round((low_edge[a] - canonical.start_mm[a]) / canonical.spacing_mm[a]) for a in range(3)]
+    snapped = [
+        canonical.start_mm[a]
+        + canonical.spacing_mm[a] * round((low_edge[a] - canonical.start_mm[a]) / canonical.spacing_mm[a])
+        for a in range(3)
+    ]
     return Box((float(snapped[0]), float(snapped[1]), float(snapped[2])), shape)
 
 

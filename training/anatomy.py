@@ -133,7 +133,9 @@ def load_packed(path: Path) -> list[Subject]:
         with np.load(io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
             return [Subject(name, archive[name]) for name in sorted(archive.files)]
     except (lzma.LZMAError, OSError, ValueError) as error:
-        raise ValueError(f"{path.name}: not a packed anatomy file ({error}); make one with rescan-train pack") from error
+        raise ValueError(
+            f"{path.name}: not a packed anatomy file ({error}); make one with rescan-train pack"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def read_case(folder: Path) -> Case:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder.name}: not a case of a bank ({error}); delete it and run rescan-train bank again") from error
+        raise ValueError(
+            f"{folder.name}: not a case of a bank ({error}); delete it and run rescan-train bank again"
+        ) from error
     return Case(images, labels, np.array(record["present"]), folder)
 
 

@@ -264,7 +264,9 @@ def add_spike(x: Tensor, spike: Spike) -> Tensor:
     waves = []
     for axis in range(3):
         index = torch.arange(n[axis], dtype=torch.float64, device=x.device) - n[axis] // 2
-        waves.append(torch.polar(torch.ones_like(index), 2.0 * math.pi * spike.at[axis] / n[axis] * index).to(torch.complex64))
+        waves.append(
+            torch.polar(torch.ones_like(index), 2.0 * math.pi * spike.at[axis] / n[axis] * index).to(torch.complex64)
+        )
     peak = x.sum(dim=AXES, keepdim=True).abs() / float(n[0] * n[1] * n[2])
     tone = complex(math.cos(spike.phase), math.sin(spike.phase)) * spike.magnitude
     wave = _along(waves[0], 0) * _along(waves[1], 1) * _along(waves[2], 2)
@@ -361,7 +363,10 @@ def demeaned_poses(rotations: Any, shifts_mm: Any, weights: Any) -> list[Any]:
     The mean is taken in the log domain (rotation vectors; small angles), each pose is then composed with the inverse of
     the mean by a matrix product.
     """
-    mean_rotation, mean_shift = np.average(rotations, axis=0, weights=weights), np.average(shifts_mm, axis=0, weights=weights)
+    mean_rotation, mean_shift = (
+        np.average(rotations, axis=0, weights=weights),
+        np.average(shifts_mm, axis=0, weights=weights),
+    )
     inverse = np.linalg.inv(_pose(mean_rotation, mean_shift))
     return [inverse @ _pose(r, t) for r, t in zip(rotations, shifts_mm, strict=True)]
 
@@ -415,7 +420,9 @@ def _ramp(n: int, shift_voxels: float, start: int, count: int, device: torch.dev
     return torch.polar(torch.ones_like(f), -2.0 * math.pi * shift_voxels * f).to(torch.complex64)
 
 
-def _shift(k: Tensor, shift_mm: Any, spacing_mm: tuple[float, float, float], shape: torch.Size, axis: int, low: int) -> Tensor:
+def _shift(
+    k: Tensor, shift_mm: Any, spacing_mm: tuple[float, float, float], shape: torch.Size, axis: int, low: int
+) -> Tensor:
     """Translate by phase ramps; `k` holds lines `low` and on of the slow axis, all samples of the other two."""
     for a in range(3):
         start = low if a == axis else 0
@@ -498,7 +505,9 @@ def draw_wrap(rng: Generator, ranges: Ranges) -> Corruption:
     if rng.random() < ranges.line_masks:
         regular = bool(rng.random() < 0.5)
         every = int(rng.integers(2, 9)) if regular else 0
-        mask = LineMask(int(rng.integers(3)), every, int(rng.integers(8)), float(rng.uniform(0.1, 0.5)), int(rng.integers(2**31)))
+        mask = LineMask(
+            int(rng.integers(3)), every, int(rng.integers(8)), float(rng.uniform(0.1, 0.5)), int(rng.integers(2**31))
+        )
         return Corruption(mask=mask)
     # Phase encoding of a 3-D T1 runs front-back or left-right; along the head only for axial slabs.
     return Corruption(fold=FoldOver(int(rng.choice(3, p=[0.4, 0.5, 0.1])), float(rng.uniform(*ranges.fold))))
@@ -527,7 +536,9 @@ def draw_motion(rng: Generator, ranges: Ranges) -> Motion:
         pose[3:] += rng.normal(0, millimetres * factor / math.sqrt(3), 3)
         rotations.append((float(pose[0]), float(pose[1]), float(pose[2])))
         translations.append((float(pose[3]), float(pose[4]), float(pose[5])))
-    return Motion(int(rng.choice(3, p=[0.4, 0.4, 0.2])), tuple(float(t) for t in times), tuple(rotations), tuple(translations))
+    return Motion(
+        int(rng.choice(3, p=[0.4, 0.4, 0.2])), tuple(float(t) for t in times), tuple(rotations), tuple(translations)
+    )
 
 
 def draw(rng: Generator, ranges: Ranges, shape: tuple[int, int, int], artefacts: tuple[str, ...]) -> Corruption:

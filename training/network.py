@@ -177,7 +177,9 @@ def load_network(path: Path) -> tuple[UNet, dict[str, Any]]:
         network = UNet(NetworkConfig(tuple(config["widths"]), config["variances"], config["up"]))
         network.load_state_dict({k: v.float() for k, v in checkpoint["weights"].items()})
     except (KeyError, TypeError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path.name}: not a Rescan checkpoint ({error}); train one with rescan-train cascade") from error
+        raise ValueError(
+            f"{path.name}: not a Rescan checkpoint ({error}); train one with rescan-train cascade"
+        ) from error
     return network.eval(), checkpoint
 
 

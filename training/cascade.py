@@ -1,0 +1,326 @@
+"""The cascade of Shaw 2021: task -> five teachers -> student. Three steps that read as three steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from daemon.words import ARTEFACTS
+from training.augment import augment, draw_augmentation
+from training.bank import GREY, IMAGES, Case, list_cases, read_case
+from training.loop import Schedule, Stage, train
+from training.loss import Likelihood, Parts, combine
+from training.network import NetworkConfig, UNet, load_network, warm_start
+from training.validate import validate_student, validate_task, validate_teacher
+
+log = logging.getLogger("rescan.training")
+
+TARGET_MAX = 20.0
+"""Frozen networks' variances are cut here: twice the cross entropy of a voxel that is certainly wrong."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A whole cascade in numbers.
+
+    Attributes:
+        widths: of the network.
+        crop: cells per axis that one sample shows; the network has no spatial statistics, so a crop and the whole head
+            give the same answer away from the crop's edge.
+        steps: of the task, each teacher, the student.
+        rate, eps, segments: see `Schedule`.
+        likelihood: see `training.loss`.
+        train_cases, validation_cases: size of the bank.
+        ranges: `product` or `paper`.
+        free_contrast: share of heads with freely drawn contrast.
+        flips: probability per axis.
+        validate_every: steps between validations.
+        autocast: bfloat16 in the trunk.
+    """
+
+    widths: tuple[int, ...]
+    crop: tuple[int, int, int]
+    steps: tuple[int, int, int]
+    rate: float
+    eps: float
+    segments: int
+    likelihood: Likelihood
+    train_cases: int
+    validation_cases: int
+    ranges: str
+    free_contrast: float
+    flips: tuple[float, float, float]
+    validate_every: int
+    autocast: bool
+
+
+PROFILES = {
+    "smoke": Profile(
+        (8, 12, 16), (48, 64, 48), (80, 30, 60), 2e-3, 0.05, 2, "faithful", 3, 1, "product", 0.0, (0.5, 0, 0), 60, True
+    ),
+    "cpu": Profile(
+        (16, 24, 32, 64, 64),
+        (64, 80, 64),
+        (2000, 400, 2200),
+        1e-3,
+        0.05,
+        4,
+        "faithful",
+        160,
+        6,
+        "product",
+        0.05,
+        (0.5, 0.0, 0.0),
+        400,
+        True,
+    ),
+    "gpu": Profile(
+        (16, 32, 64, 128, 128),
+        (96, 112, 96),
+        (12000, 4000, 16000),
+        1e-3,
+        0.05,
+        5,
+        "faithful",
+        600,
+        12,
+        "product",
+        0.05,
+        (0.5, 0.0, 0.0),
+        1000,
+        True,
+    ),
+    "paper": Profile(
+        (30, 60, 120, 240, 480),
+        (96, 96, 96),
+        (30000, 30000, 30000),
+        1e-4,
+        0.05,
+        7,
+        "paper",
+        600,
+        12,
+        "paper",
+        0.0,
+        (0.5, 0.5, 0.5),
+        1000,
+        False,
+    ),
+}
+
+
+def run(
+    bank: Path, out: Path, profile: Profile, device: torch.device, facts: dict[str, Any], only: Sequence[str] = ()
+) -> list[str]:
+    """Train the cascade; stages that are finished are read, not repeated.
+
+    Args:
+        bank: folder with `train` and `val` banks (see `training.bank`); they may still be growing.
+        out: leaves `task.pt`, `teacher_<artefact>.pt`, `student.pt` and their curves.
+        only: names of stages to train here (teachers may run side by side on several devices); empty: all.
+
+    Returns:
+        Names of the stages that did not meet their own criterion.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    samples = Samples(bank, profile, device)
+    weak = []
+
+    def stage(name: str, network: UNet, loss: Any, validate: Any, steps: int) -> UNet:
+        if not only or name in only or not (out / f"{name}.pt").exists():
+            schedule = Schedule(steps, profile.rate, profile.eps, profile.segments)
+            last = train(Stage(name, network, loss, validate, schedule), out, device, profile.validate_every, facts)
+            if not last["validation"].get("converged", 1.0):
+                weak.append(name)
+        return load_network(out / f"{name}.pt")[0].to(device).requires_grad_(False)
+
+    # 1. The task network learns grey matter, and its own uncertainty, from clean images.
+    task = UNet(NetworkConfig(profile.widths, 1))
+    task = stage(
+        "task",
+        task,
+        lambda s, e, n: task_loss(samples, s, e, n),
+        lambda n: validate_task(n, samples.validation),
+        profile.steps[0],
+    )
+
+    # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part on the clean twin.
+    teachers = []
+    for artefact in ARTEFACTS:
+        name, teacher = f"teacher_{artefact}", UNet(NetworkConfig(profile.widths, 2))
+        if only and name not in only and "student" not in only:
+            continue
+        warm_start(teacher, task.state_dict())
+        loss = teacher_loss(samples, artefact, task)
+        teachers.append(
+            stage(
+                name, teacher, loss, lambda n, a=artefact: validate_teacher(n, samples.validation, a), profile.steps[1]
+            )
+        )
+    if only and "student" not in only:
+        return weak
+
+    # 3. The student learns all of it at once, from images in which any of the artefacts may be.
+    student = UNet(NetworkConfig(profile.widths, 1 + len(ARTEFACTS)))
+    warm_start(student, task.state_dict())
+    loss = student_loss(samples, task, teachers)
+    stage("student", student, loss, lambda n: validate_student(n, samples.validation), profile.steps[2])
+    return weak
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One crop of one head, on the device.
+
+    Attributes:
+        images: (T, d, h, w): the twins asked for; negative outside the field of view.
+        labels: (1, d, h, w) int64, 1 in grey matter.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def image(self, twin: int) -> Tensor:
+        """(1, 1, d, h, w) network input."""
+        return self.images[twin].clamp_min(0.0)[None, None]
+
+    def weight(self, twin: int) -> Tensor:
+        """(1, d, h, w) float32: 1 inside the field of view."""
+        return (self.images[twin] >= 0.0).float()[None]
+
+
+class Samples:
+    """Crops from a bank; what a step sees depends on the step number alone, so a resumed run sees the same."""
+
+    def __init__(self, bank: Path, profile: Profile, device: torch.device) -> None:
+        self.folder, self.profile, self.device = bank / "train", profile, device
+        self.validation = [read_case(p) for p in list_cases(bank / "val")[: profile.validation_cases]]
+        self.cases: list[Case] = []
+
+    def case(self, rng: np.random.Generator) -> Case:
+        """Any case of the bank; looks for new ones now and then while it grows."""
+        if len(self.cases) < self.profile.train_cases and (not self.cases or rng.random() < 0.05):
+            known = {c.folder for c in self.cases}
+            self.cases += [read_case(p) for p in list_cases(self.folder)[: self.profile.train_cases] if p not in known]
+        if not self.cases:
+            raise ValueError(f"{self.folder}: holds no case yet; run rescan-train bank first")
+        return self.cases[int(rng.integers(len(self.cases)))]
+
+    def draw(self, rng: np.random.Generator, case: Case, twins: Sequence[int]) -> Sample:
+        """The same crop of several images of one case, augmented alike."""
+        corner = self._corner(rng, case)
+        where = tuple(slice(c, c + n) for c, n in zip(corner, self.profile.crop, strict=True))
+        images = torch.from_numpy(np.stack([np.asarray(case.images[t][where], dtype=np.float32) for t in twins]))
+        labels = torch.from_numpy((case.labels[where] & GREY).astype(np.int64))
+        images, labels = augment(images, labels, draw_augmentation(rng, self.profile.flips))
+        return Sample(images.to(self.device), labels[None].to(self.device))
+
+    def _corner(self, rng: np.random.Generator, case: Case) -> list[int]:
+        """A crop placed so that its middle lies where the brain is: half the way to the middle of a random grey voxel."""
+        shape, crop = case.labels.shape, self.profile.crop
+        for_grey = [int(rng.integers(0, max(n - c, 0) + 1)) for n, c in zip(shape, crop, strict=True)]
+        for _ in range(8):
+            at = [int(rng.integers(n)) for n in shape]
+            if case.labels[tuple(at)] & GREY:
+                return [
+                    min(max(a - c // 2 + int(rng.integers(-c // 4, c // 4 + 1)), 0), n - c)
+                    for a, c, n in zip(at, crop, shape, strict=True)
+                ]
+        return for_grey
+
+    def forward(self, network: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a network on one crop with the profile's precision; float32 out."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.profile.autocast):
+            out: tuple[Tensor, Tensor] = network(image)
+            return out
+
+    @torch.no_grad()
+    def variance(self, network: UNet, image: Tensor) -> Tensor:
+        """sigma^2 of a frozen network, (1, V, d, h, w)."""
+        return torch.exp(self.forward(network, image)[1]).clamp_max(TARGET_MAX)
+
+
+def task_loss(samples: Samples, step: int, eps: float, network: Any) -> Parts:
+    """Eq. 4 on a clean image."""
+    rng = np.random.default_rng((1, step))
+    sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")])
+    logits, log_variance = samples.forward(network, sample.image(0))
+    return combine(logits, log_variance, sample.labels, sample.weight(0), None, eps, samples.profile.likelihood)
+
+
+def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
+    """Eq. 6: half of the images are clean; the frozen task network sees the clean twin (S2)."""
+
+    def loss(step: int, eps: float, network: Any) -> Parts:
+        rng = np.random.default_rng((2, ARTEFACTS.index(artefact), step))
+        case = samples.case(rng)
+        draw = "clean" if step % 2 else f"{artefact}_{'ab'[int(rng.integers(2))]}"
+        sample = samples.draw(rng, case, [IMAGES.index(draw), 0])
+        logits, log_variance = samples.forward(network, sample.image(0))
+        target = samples.variance(task, sample.image(1))
+        return combine(logits, log_variance, sample.labels, sample.weight(0), target, eps, samples.profile.likelihood)
+
+    return loss
+
+
+def student_loss(samples: Samples, task: UNet, teachers: Sequence[UNet]) -> Any:
+    """The student sees any artefacts together; teacher i sees the same head with only artefact i, same draw (S3).
+
+    Of the teachers whose artefact is absent (they see the clean twin) one is drawn per step and counts for all of them:
+    the same loss on average for a third of the work.
+    """
+
+    def loss(step: int, eps: float, network: Any) -> Parts:
+        rng = np.random.default_rng((3, step))
+        case, seen = samples.case(rng), _student_image(rng)
+        present = case.present[seen]
+        draws = "b" if IMAGES[seen].endswith("_b") and not IMAGES[seen].startswith("composite") else "a"
+        singles = [IMAGES.index(f"{a}_{draws}") if present[i] else 0 for i, a in enumerate(ARTEFACTS)]
+        sample = samples.draw(rng, case, [seen, 0, *singles])
+        logits, log_variance = samples.forward(network, sample.image(0))
+        weights = _teacher_weights(rng, present)
+        targets = [samples.variance(task, sample.image(1))]
+        for i, teacher in enumerate(teachers):
+            heard = weights[i] > 0.0
+            targets.append(
+                samples.variance(teacher, sample.image(2 + i))[:, 1:2] if heard else torch.zeros_like(targets[0])
+            )
+        channels = torch.tensor([1.0, *weights], device=samples.device)
+        return combine(
+            logits,
+            log_variance,
+            sample.labels,
+            sample.weight(0),
+            torch.cat(targets, 1),
+            eps,
+            samples.profile.likelihood,
+            channels,
+        )
+
+    return loss
+
+
+def _teacher_weights(rng: np.random.Generator, present: Any) -> list[float]:
+    """1 for each teacher whose artefact is present; of the others one, drawn, stands for all."""
+    absent = [i for i, p in enumerate(present) if not p]
+    weights = [1.0 if p else 0.0 for p in present]
+    if absent:
+        weights[absent[int(rng.integers(len(absent)))]] = float(len(absent))
+    return weights
+
+
+def _student_image(rng: np.random.Generator) -> int:
+    """Which image the student sees: a fifth clean, 55 % one artefact, a quarter several."""
+    kind = rng.random()
+    if kind < 0.20:
+        return 0
+    if kind < 0.75:
+        return int(rng.integers(1, 11))
+    return int(rng.integers(11, len(IMAGES)))

@@ -1,0 +1,154 @@
+"""The losses of Shaw 2021, each with its equation number, and the forms we measured against them.
+
+Shapes: logits (N, 2, D, H, W), labels (N, D, H, W) int64 (0 other, 1 grey matter), variances (N, C, D, H, W),
+weight (N, D, H, W) float32, 0 outside the field of view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Likelihood = Literal["paper", "exact", "faithful"]
+LIKELIHOODS: tuple[Likelihood, ...] = ("paper", "exact", "faithful")
+
+SSIM_WEIGHT = 0.1
+"""lambda in Eq. 7."""
+
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a loss is made of, for the log.
+
+    Attributes:
+        total: what is minimised.
+        ce: mean cross entropy.
+        likelihood: mean of the attenuated part (Eq. 4).
+        consistency: Eq. 7, summed over the variances it holds for; 0 in the task stage.
+        weight_p99: 99th percentile of the voxel weight 1 / (sigma^2 + eps): large values announce instability.
+    """
+
+    total: Tensor
+    ce: Tensor
+    likelihood: Tensor
+    consistency: Tensor
+    weight_p99: Tensor
+
+
+def masked_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean of (N, D, H, W) values over the field of view."""
+    return (values * weight).sum() / weight.sum().clamp_min(1.0)
+
+
+def heteroscedastic(
+    logits: Tensor, labels: Tensor, variance: Tensor, eps: float, form: Likelihood
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood per voxel, and the plain cross entropy per voxel.
+
+    Args:
+        logits: (N, 2, D, H, W) unscaled.
+        labels: (N, D, H, W) int64.
+        variance: (N, D, H, W) total sigma^2 >= 0 (Eq. 5: the task's plus every artefact's).
+        eps: added once, to the total, in both terms (L3, L5).
+        form: `paper`: Eq. 4, CE / (s2 + eps) + 0.5 log(s2 + eps), whose minimum over s2 lies at s2 + eps = 2 CE;
+            `exact`: CE of softmax(f / (s2 + eps)) (Eq. 1 and 2 without the approximation);
+            `faithful`: Eq. 4 with the cross entropy held fixed, plus the plain cross entropy, so that uncertain voxels
+            teach the segmentation as much as certain ones (after Stirn et al. 2023).
+
+    Returns:
+        (N, D, H, W) both.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    ce = F.cross_entropy(logits, labels, reduction="none")
+    total = variance + eps
+    if form == "paper":
+        return ce / total + 0.5 * torch.log(total), ce
+    if form == "faithful":
+        return ce + ce.detach() / total + 0.5 * torch.log(total), ce
+    if form == "exact":
+        return F.cross_entropy(logits / total.unsqueeze(1), labels, reduction="none"), ce
+    raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {form!r}")
+
+
+def consistency(predicted: Tensor, target: Tensor, weight: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Eq. 7 on variances (not their logarithms): L1 + gradient L1 + 0.1 SSIM.
+
+    Args:
+        predicted, target: (N, C, D, H, W) sigma^2.
+        weight: (N, D, H, W).
+        channels: (C,) weight of each channel; None is 1 each (L5).
+
+    Returns:
+        Weighted sum over the C channels.
+    """
+    w = weight.unsqueeze(1)
+    loss = channel_mean((predicted - target).abs(), w)
+    loss = (
+        loss + sum(channel_mean((_step(predicted, a) - _step(target, a)).abs(), _both(w, a)) for a in (2, 3, 4)) / 3.0
+    )
+    loss = loss + SSIM_WEIGHT * channel_mean(ssim_loss(predicted, target), w)
+    return loss.sum() if channels is None else (loss * channels).sum()
+
+
+def channel_mean(values: Tensor, weight: Tensor) -> Tensor:
+    """(C,) mean over everything but the channel."""
+    dims = (0, 2, 3, 4)
+    return (values * weight).sum(dims) / weight.sum().clamp_min(1.0)
+
+
+def _step(x: Tensor, axis: int) -> Tensor:
+    """Forward difference along one axis."""
+    return x.narrow(axis, 1, x.shape[axis] - 1) - x.narrow(axis, 0, x.shape[axis] - 1)
+
+
+def _both(w: Tensor, axis: int) -> Tensor:
+    """Weight of a difference: both of its voxels count."""
+    return w.narrow(axis, 1, w.shape[axis] - 1) * w.narrow(axis, 0, w.shape[axis] - 1)
+
+
+def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
+    """(1 - SSIM) / 2 in [0, 1] per voxel with a 3x3x3 mean filter, edges counted by what they hold (L6)."""
+
+    def mean(v: Tensor) -> Tensor:
+        return F.avg_pool3d(v, 3, stride=1, padding=1, count_include_pad=False)
+
+    mx, my = mean(x), mean(y)
+    vx, vy = mean(x * x) - mx * mx, mean(y * y) - my * my
+    cov = mean(x * y) - mx * my
+    ssim = (2 * mx * my + SSIM_C1) * (2 * cov + SSIM_C2) / ((mx**2 + my**2 + SSIM_C1) * (vx + vy + SSIM_C2))
+    return ((1.0 - ssim) / 2.0).clamp(0.0, 1.0)
+
+
+def combine(
+    logits: Tensor,
+    log_variance: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    eps: float,
+    form: Likelihood,
+    channels: Tensor | None = None,
+) -> Parts:
+    """The loss of any stage: task (Eq. 4), teacher (Eq. 6) or student (the sum over artefacts).
+
+    Args:
+        log_variance: (N, 1 + A, D, H, W): the task's, then one per artefact.
+        targets: (N, T, D, H, W) sigma^2 that the first T variances shall equal (the frozen networks'); None in the task stage.
+        channels: (T,) weights of the targets, see `consistency`.
+    """
+    variance = torch.exp(log_variance)
+    total = variance.sum(dim=1)
+    nll, ce = heteroscedastic(logits, labels, total, eps, form)
+    likelihood, held = masked_mean(nll, weight), nll.new_zeros(())
+    if targets is not None:
+        held = consistency(variance[:, : targets.shape[1]], targets, weight, channels)
+    weight_p99 = torch.quantile((1.0 / (total.detach() + eps)).flatten()[::97], 0.99)
+    return Parts(likelihood + held, masked_mean(ce, weight).detach(), likelihood.detach(), held.detach(), weight_p99)
