@@ -13,9 +13,10 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,10 +105,7 @@ def thread_count(wanted: int) -> int:
 
 def processor_name() -> str:
     """Model of the processor from /proc/cpuinfo, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
+    lines = _read_text(Path("/proc/cpuinfo")).splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else os.uname().machine
 
@@ -138,11 +136,7 @@ def memory_needed_bytes(model: ModelFile, bucket: Bucket, engine: str, precision
 
 
 def open_engine(
-    model: ModelFile,
-    engine: str,
-    precision: str,
-    threads: int,
-    cache: Path | None = None,
+    model: ModelFile, engine: str, precision: str, threads: int, cache: Path | None = None, *, may_build: bool = False
 ) -> Engine:
     """Open one engine; nothing is compiled yet.
 
@@ -151,7 +145,8 @@ def open_engine(
         engine: a key of `PRECISIONS`.
         precision: one of its precisions.
         threads: for engines on the CPU, 0 takes the cores this process may use.
-        cache: folder of prebuilt TensorRT engines.
+        cache: folder under which TensorRT engines were built ahead.
+        may_build: build a TensorRT engine that is not there (minutes); False refuses instead.
 
     Raises:
         EngineMissing: its library or device is not there.
@@ -165,7 +160,8 @@ def open_engine(
         )
     if engine == "openvino":
         return OpenVinoEngine(model, precision, thread_count(threads))
-    return OnnxRuntimeEngine(model, engine, precision, thread_count(threads), cache)
+    folder = tensorrt_folder(cache, model.sha256) if cache is not None and engine == "tensorrt" else None
+    return OnnxRuntimeEngine(model, engine, precision, thread_count(threads), folder, may_build=may_build)
 
 
 class OpenVinoEngine:
@@ -227,6 +223,7 @@ class OpenVinoEngine:
 
     def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
         """Not offered: the maps lie in this process's memory already."""
+        del image, masks, affected_variance
         return None
 
 
@@ -240,6 +237,8 @@ class OnnxRuntimeEngine:
         precision: str,
         threads: int,
         cache: Path | None,
+        *,
+        may_build: bool = False,
     ) -> None:
         """Check that the provider is there.
 
@@ -261,7 +260,7 @@ class OnnxRuntimeEngine:
             )
         if self.on_gpu and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()
-        self._model = model
+        self._model, self._may_build = model, may_build
         self._bound: dict[Bucket, _Bound] = {}
         device = processor_name() if engine == "cpu" else gpu_name()
         self.facts = EngineFacts(engine, f"{self._provider} {self._ort.__version__}", precision, device)
@@ -272,11 +271,18 @@ class OnnxRuntimeEngine:
         return self._engine in ("cuda", "tensorrt")
 
     def load(self, bucket: Bucket) -> None:
-        """Create the session for one shape, verify that the provider runs it, and bind its buffers."""
-        session = self._session(self._model.data, dict(zip(("D", "H", "W"), bucket, strict=True)), bucket)
+        """Create the session for one shape, verify that the provider runs it, and bind its buffers.
+
+        Raises:
+            EngineMissing: a TensorRT engine would have to be built first.
+            EngineFailed: the provider cannot load the model.
+        """
+        if self._engine == "tensorrt" and not self._may_build:
+            check_built(self._cache, self._precision, bucket)
+        shape = dict(zip(("D", "H", "W"), bucket, strict=True))
+        session = self._session(self._model.data, shape, bucket)
         reducer = None
         if self.on_gpu and self._model.reducer:
-            shape = dict(zip(("D", "H", "W"), bucket, strict=True))
             reducer = self._session(base64.b64decode(self._model.reducer), shape, bucket)
         self._bound[bucket] = _Bound(
             self._ort,
@@ -372,24 +378,55 @@ def provider_options(engine: str, precision: str, cache: Path | None, bucket: Bu
 
 def _tensorrt_options(precision: str, cache: Path | None, bucket: Bucket) -> dict[str, str]:
     folder = "" if cache is None else str(cache)
-    prefix = f"rescan_{precision}_{'x'.join(str(n) for n in bucket)}"
     return {
         "device_id": "0",
         "trt_fp16_enable": "1" if precision == "fp16" else "0",
         "trt_bf16_enable": "1" if precision == "bf16" else "0",
         "trt_engine_cache_enable": "1" if folder else "0",
         "trt_engine_cache_path": folder,
-        "trt_engine_cache_prefix": prefix,
+        "trt_engine_cache_prefix": engine_prefix(precision, bucket),
         "trt_timing_cache_enable": "1" if folder else "0",
         "trt_timing_cache_path": folder,
         "trt_max_workspace_size": str(4 * 2**30),
     }
 
 
+def engine_prefix(precision: str, bucket: Bucket) -> str:
+    """Start of the file name of a TensorRT engine."""
+    return f"rescan_{precision}_{'x'.join(str(n) for n in bucket)}"
+
+
+def tensorrt_folder(cache: Path, model_sha256: str) -> Path:
+    """Where the engines of this model on this machine lie: an engine is good for one GPU, driver, TensorRT and model."""
+    driver = re.search(r"\d+\.\d+(\.\d+)?", _read_text(Path("/proc/driver/nvidia/version")))
+    versions = [v for name in ("tensorrt-cu13", "tensorrt-cu12", "tensorrt") if (v := _version(name))]
+    parts = (
+        gpu_name(),
+        driver.group() if driver else "no-driver",
+        f"trt-{versions[0] if versions else 'none'}",
+        model_sha256[:16],
+    )
+    return cache / "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part) for part in parts)
+
+
+def check_built(folder: Path | None, precision: str, bucket: Bucket) -> None:
+    """Refuse to go on where an engine would be built now, which takes minutes while a series waits.
+
+    Raises:
+        EngineMissing: no engine of this precision and bucket.
+    """
+    prefix = engine_prefix(precision, bucket)
+    if folder is None or not any(folder.glob(f"{prefix}*.engine")):
+        raise EngineMissing(
+            f"engine tensorrt: {prefix} was not built for this GPU, driver, TensorRT and model; "
+            "run `rescan-export tensorrt`, or choose --engine cuda"
+        )
+
+
 def gpu_name() -> str:
     """Name of the first NVIDIA GPU from its driver's files, else `GPU`."""
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in _read_text(path).splitlines():
             if line.startswith("Model:"):
                 return line.split(":", 1)[1].strip()
     return "GPU"
@@ -471,6 +508,20 @@ _REMEDY = {
     "tensorrt": "check the extras `gpu,tensorrt` and run `rescan-export tensorrt`, or choose --engine cuda",
     "cpu": "export the model again",
 }
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _import_openvino() -> Any:

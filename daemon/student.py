@@ -6,6 +6,7 @@ does not fit; compile and warm every bucket; reproduce the golden case. Only the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from daemon.engines import (
     available_memory_bytes,
     memory_needed_bytes,
     open_engine,
+    tensorrt_folder,
 )
 from daemon.golden import decode_volume, golden_sha256, largest_difference
 from daemon.judge import judge
@@ -87,7 +89,7 @@ class Student:
             engine: `auto` or one of `PRECISIONS`.
             precision: empty takes the fastest that parity admitted for the engine, else fp32.
             threads: of engines on the CPU; 0 takes the cores this process may use.
-            cache: folder of prebuilt TensorRT engines.
+            cache: folder under which TensorRT engines were built ahead; None takes `default_cache`.
             memory_limit_bytes: refuse what needs more; None takes what the machine (or control group) has free.
             say: told what happens, one line each.
 
@@ -96,7 +98,7 @@ class Student:
             EngineError: the engine cannot be used as asked, a bucket does not fit, or the golden case failed.
         """
         model = read_model(path)
-        student = cls(model, *choose_engine(model, engine, precision, threads, cache))
+        student = cls(model, *choose_engine(model, engine, precision, threads, cache or default_cache()))
         for skipped in student.skipped:
             say(f"engine {skipped.engine} passed over: {skipped.reason}")
         for bucket in model.card.buckets:
@@ -206,7 +208,7 @@ class Student:
 
 
 def choose_engine(
-    model: ModelFile, engine: str, precision: str, threads: int, cache: Path | None
+    model: ModelFile, engine: str, precision: str, threads: int, cache: Path
 ) -> tuple[Engine, tuple[Skipped, ...]]:
     """Open the engine asked for, or for `auto` the best one that is there.
 
@@ -214,29 +216,36 @@ def choose_engine(
         EngineError: the engine asked for cannot be used, or `auto` found none.
     """
     if engine != AUTO:
-        chosen = admitted_precision(model.card, engine, precision)
-        return open_engine(model, engine, chosen, threads, cache), ()
+        return _open_admitted(model, engine, precision, threads, cache), ()
     skipped: list[Skipped] = []
     for name in PRECISIONS:
         try:
-            if name == "tensorrt" and (cache is None or not cache.is_dir() or not any(cache.iterdir())):
+            if name == "tensorrt" and not tensorrt_folder(cache, model.sha256).is_dir():
                 raise EngineMissing("no engine was built ahead; run `rescan-export tensorrt`")
-            opened = open_engine(
-                model,
-                name,
-                admitted_precision(model.card, name, precision),
-                threads,
-                cache,
-            )
+            return _open_admitted(model, name, precision, threads, cache), tuple(skipped)
         except EngineError as error:
             skipped.append(Skipped(name, str(error)))
-        else:
-            return opened, tuple(skipped)
     raise EngineMissing("engine auto: none can be used: " + "; ".join(f"{s.engine}: {s.reason}" for s in skipped))
 
 
-def admitted_precision(card: Card, engine: str, precision: str) -> str:
-    """The precision to use: the one asked for if parity admitted it, else the fastest admitted one.
+def _open_admitted(model: ModelFile, engine: str, precision: str, threads: int, cache: Path) -> Engine:
+    """Open an engine at the precision asked for, else at the fastest admitted one that this machine has."""
+    choices = admitted_precisions(model.card, engine, precision)
+    for choice in choices[:-1]:
+        try:
+            return open_engine(model, engine, choice, threads, cache)
+        except PrecisionRefused:
+            continue
+    return open_engine(model, engine, choices[-1], threads, cache)
+
+
+def default_cache() -> Path:
+    """Where TensorRT engines are kept: `$XDG_CACHE_HOME/rescan/tensorrt`, by default below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rescan" / "tensorrt"
+
+
+def admitted_precisions(card: Card, engine: str, precision: str) -> tuple[str, ...]:
+    """The precisions that may be used, fastest first: the one asked for alone, if parity admitted it.
 
     fp32 needs no admission: it is what the golden case and the calibration were computed in.
 
@@ -244,14 +253,14 @@ def admitted_precision(card: Card, engine: str, precision: str) -> str:
         PrecisionRefused: parity has not admitted it for this model on this engine.
     """
     admitted = ("fp32", *card.precisions.get(engine, ()))
-    if precision in admitted:
-        return precision
-    if precision:
-        raise PrecisionRefused(
-            f"precision: {precision} on {engine} is not admitted for this model (admitted: {', '.join(admitted)}); "
-            "set one of these, or check it with `rescan-export parity --admit`"
-        )
-    return admitted[-1]
+    if not precision:
+        return admitted[::-1]
+    if precision in admitted or precision not in PRECISIONS.get(engine, ()):
+        return (precision,)  # one that the engine does not have is refused where the engine is opened
+    raise PrecisionRefused(
+        f"precision: {precision} on {engine} is not admitted for this model (admitted: {', '.join(admitted)}); "
+        "set one of these, or check it with `rescan-export parity --admit`"
+    )
 
 
 def golden_outcome(student: Student, packed: str) -> tuple[dict[str, float], str | None]:

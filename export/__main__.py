@@ -133,7 +133,7 @@ def _parity(args: argparse.Namespace) -> int:
 def _add_tensorrt(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("tensorrt", help="build TensorRT engines ahead of the first scan")
     parser.add_argument("file", type=Path, help="a model file")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of the engines; give the daemon the same")
+    parser.add_argument("--cache", type=Path, help="folder of the engines; default: where the daemon looks for them")
     parser.add_argument("--precision", choices=PRECISIONS["tensorrt"], default="tf32", help="default %(default)s")
     parser.set_defaults(func=_tensorrt)
 
