@@ -108,7 +108,7 @@ def encode_labels(labels: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if labels.ndim != 3 or not np.all(np.isfinite(labels)):
         raise ValueError(f"{name}: expected a 3-D map of whole numbers, got shape {labels.shape}")
     labels = labels.astype(np.int64)
-    table = np.full(int(max(labels.max(), max(CODES))) + 1, CODES.index(502), dtype=np.uint8)
+    table = np.full(max(int(labels.max()), *CODES) + 1, CODES.index(502), dtype=np.uint8)
     table[list(CODES)] = np.arange(len(CODES), dtype=np.uint8)
     codes = table[labels]
     where = np.argwhere(codes > 0)
@@ -170,12 +170,12 @@ class HeadDraw:
 
 @dataclass(frozen=True)
 class Head:
-    """A synthetic head: the clean volume at native spacing and its exact tissue masks at 1 mm (RAS+)."""
+    """A head: the clean volume at native spacing, its tissue masks, and the draw if it is a synthetic one."""
 
     clean: Volume
     grey: Volume
     white: Volume
-    draw: HeadDraw
+    draw: HeadDraw | None
 
 
 def draw_head(rng: Generator, free_contrast: float = 0.05) -> HeadDraw:
@@ -231,8 +231,8 @@ def synthesise(subject: Subject, draw: HeadDraw) -> Head:
     """Make the head of one draw.
 
     Returns:
-        `clean`: float32 magnitude, WM about 1.0 before the bias field, at `draw.spacing_mm`; `grey` and `white`: float32
-        0 or 1 at 1 mm on the same field of view.
+        `clean`: float32 magnitude, WM about 1.0 before the bias field, at `draw.spacing_mm`;
+        `grey` and `white`: float32, 0 or 1, at 1 mm on the same field of view.
     """
     generator = torch.Generator().manual_seed(draw.seed)
     codes, affine = _warp(subject, draw, generator)
@@ -342,3 +342,113 @@ def _receiver_noise(image: Tensor, draw: HeadDraw, generator: torch.Generator) -
     real = image + sigma * torch.randn(image.shape, generator=generator)
     noisy = torch.sqrt(real**2 + (sigma * torch.randn(image.shape, generator=generator)) ** 2)
     return torch.where(image < 0.02, torch.zeros(()), noisy) if draw.masked_air else noisy
+
+
+@dataclass(frozen=True)
+class RealScan:
+    """A real T1 with its label map (FreeSurfer ids), NIfTI or MGZ, on the same grid.
+
+    Attributes:
+        name: stable name; splits are by it.
+        image, labels: the two files.
+    """
+
+    name: str
+    image: Path
+    labels: Path
+
+
+def read_real(scan: RealScan) -> Head:
+    """Read a real scan.
+
+    Raises:
+        ValueError: unreadable, another shape, or voxels that are not numbers; the message names the file.
+    """
+    import nibabel
+
+    arrays = []
+    for file in (scan.image, scan.labels):
+        try:
+            loaded = nibabel.load(file)
+            arrays.append((np.asarray(loaded.dataobj, dtype=np.float32), np.asarray(loaded.affine, dtype=np.float64)))
+        except Exception as error:
+            raise ValueError(f"{file.name}: cannot be read as NIfTI or MGZ ({error})") from error
+    (image, affine), (labels, label_affine) = arrays
+    if image.ndim != 3 or image.shape != labels.shape or not np.allclose(affine, label_affine, atol=1e-3):
+        raise ValueError(f"{scan.labels.name}: shape {labels.shape} or position differs from the scan's {image.shape}")
+    if not np.all(np.isfinite(image)):
+        bad = int((~np.isfinite(image)).sum())
+        raise ValueError(f"{scan.image.name}: {bad} voxels are not numbers; mend or leave out the scan")
+    ids = labels.astype(np.int64)
+    # FreeSurfer's aparc ids 1000 to 2999 are parcels of the cerebral cortex.
+    grey = np.isin(ids, GREY_IDS) | ((ids >= 1000) & (ids < 3000))
+    return Head(Volume(image, affine), _mask(grey, affine), _mask(np.isin(ids, WHITE_IDS), affine), None)
+
+
+def _mask(values: NDArray[np.bool_], affine: NDArray[np.float64]) -> Volume:
+    return Volume(values.astype(np.float32), affine)
+
+
+Source = Subject | RealScan
+
+
+def make_head(source: Source, rng: Generator, free_contrast: float) -> Head:
+    """A head from any source: drawn and synthesised from a label map, or read."""
+    if isinstance(source, RealScan):
+        return read_real(source)
+    return synthesise(source, draw_head(rng, free_contrast))
+
+
+def load_subjects(data: str) -> list[Source]:
+    """Read what `--data` names.
+
+    Args:
+        data: `builtin` (the MNI152 head of the `demo` extra), a packed file, a folder of label maps, or a CSV manifest
+            with the columns name, image, labels (paths relative to it).
+
+    Raises:
+        ValueError: none of these, or a file in it that is missing; the message names it.
+    """
+    if data == "builtin":
+        return [builtin_subject()]
+    path = Path(data)
+    if path.is_dir():
+        return _load_folder(path)
+    if not path.is_file():
+        raise ValueError(f"--data {data}: no such file or folder")
+    return _load_manifest(path) if path.suffix == ".csv" else list(load_packed(path))
+
+
+def _load_folder(folder: Path) -> list[Source]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "labels.xz"
+        pack(folder, packed)
+        return list(load_packed(packed))
+
+
+def _load_manifest(path: Path) -> list[Source]:
+    import csv
+
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    scans: list[Source] = []
+    for number, row in enumerate(rows, start=2):
+        if not {"name", "image", "labels"} <= row.keys():
+            raise ValueError(f"{path.name}: expected the columns name, image, labels, got {', '.join(row)}")
+        scan = RealScan(row["name"], path.parent / row["image"], path.parent / row["labels"])
+        for file in (scan.image, scan.labels):
+            if not file.is_file():
+                raise ValueError(f"{path.name} line {number}: {file.name} is missing")
+        scans.append(scan)
+    if not scans:
+        raise ValueError(f"{path.name}: lists no scan")
+    return scans
+
+
+def builtin_subject() -> Subject:
+    """The head that needs no data: label map made from the MNI152 template (see `daemon.demo.anatomy`)."""
+    from daemon.demo.anatomy import builtin_labels
+
+    return Subject("mni152", encode_labels(builtin_labels(), "mni152"))

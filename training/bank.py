@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from daemon.prepare import Box, prepare, resample_to_box
 from daemon.words import ARTEFACTS, Array, Refusal, Volume
 from training import kspace
-from training.anatomy import Head, Subject, draw_head, synthesise
+from training.anatomy import Head, Source, make_head
 
 IMAGES = ("clean", *(f"{a}_a" for a in ARTEFACTS), *(f"{a}_b" for a in ARTEFACTS), "composite_a", "composite_b")
 """The images of a case, in the order of its first axis."""
@@ -49,11 +49,11 @@ class Case:
     folder: Path
 
 
-def make_case(subject: Subject, seed: Sequence[int], ranges: kspace.Ranges, free_contrast: float) -> dict[str, Any]:
+def make_case(source: Source, seed: Sequence[int], ranges: kspace.Ranges, free_contrast: float) -> dict[str, Any]:
     """Synthesise one head and its artefacts.
 
     Args:
-        subject: the label map.
+        source: a label map, or a real scan with labels.
         seed: of every draw, derived from identity (split, case number): the same seed gives the same case.
         ranges: severities.
         free_contrast: share of heads with freely drawn contrast.
@@ -65,7 +65,7 @@ def make_case(subject: Subject, seed: Sequence[int], ranges: kspace.Ranges, free
         Refusal: the drawn head does not fit preparation (a field of view that cuts the vertex, say).
     """
     rng = np.random.default_rng(seed)
-    head = synthesise(subject, draw_head(rng, free_contrast))
+    head = make_head(source, rng, free_contrast)
     shape = (head.clean.voxels.shape[0], head.clean.voxels.shape[1], head.clean.voxels.shape[2])
     box = _jitter(prepare(head.clean).box, head, rng)
     first = kspace.draw(rng, ranges, shape, ARTEFACTS)
@@ -76,9 +76,9 @@ def make_case(subject: Subject, seed: Sequence[int], ranges: kspace.Ranges, free
     images = np.stack([prepared_image(head.clean, c, box) for c in corruptions])
     labels = GREY * (resample_to_box(head.grey, box) > 0.5) + WHITE * (resample_to_box(head.white, box) > 0.5)
     record = {
-        "subject": subject.name,
+        "subject": source.name,
         "seed": [int(s) for s in seed],
-        "draw": asdict(head.draw),
+        "draw": asdict(head.draw) if head.draw else None,
         "box": asdict(box),
         "corruptions": [c.record() for c in corruptions],
     }
@@ -158,7 +158,7 @@ def list_cases(folder: Path) -> list[Path]:
 
 def grow(
     folder: Path,
-    subjects: Sequence[Subject],
+    subjects: Sequence[Source],
     cases: int,
     split: int,
     ranges: kspace.Ranges = kspace.PRODUCT,
@@ -176,7 +176,8 @@ def grow(
         split: number of the split, part of each case's seed: two splits never share a draw.
         ranges: severities.
         free_contrast: share of heads with freely drawn contrast.
-        start, step: this worker makes cases start, start + step, ...; workers beside each other share a bank so.
+        start: first case of this worker.
+        step: workers beside each other make every step-th case.
         progress: wraps the iterable, for a progress bar.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ TARGET_MAX = 20.0
 """Frozen networks' variances are cut here: twice the cross entropy of a voxel that is certainly wrong."""
 
 
+Shape = tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Profile:
     """A whole cascade in numbers.
 
     Attributes:
         widths: of the network.
-        crop: cells per axis that one sample shows; the network has no spatial statistics, so a crop and the whole head
-            give the same answer away from the crop's edge.
+        crops: cells per axis that one sample shows, in the task, teacher and student stage; the network has no spatial
+            statistics, so a crop and the whole head give the same answer away from the crop's edge.
         steps: of the task, each teacher, the student.
         rate, eps, segments: see `Schedule`.
         likelihood: see `training.loss`.
@@ -46,7 +49,7 @@ class Profile:
     """
 
     widths: tuple[int, ...]
-    crop: tuple[int, int, int]
+    crops: tuple[Shape, Shape, Shape]
     steps: tuple[int, int, int]
     rate: float
     eps: float
@@ -61,59 +64,75 @@ class Profile:
     autocast: bool
 
 
+CPU = Profile(
+    widths=(16, 24, 32, 64, 64),
+    crops=((64, 80, 64), (48, 64, 48), (48, 64, 64)),
+    steps=(1300, 300, 2000),
+    rate=1e-3,
+    eps=0.05,
+    segments=4,
+    likelihood="faithful",
+    train_cases=160,
+    validation_cases=4,
+    ranges="product",
+    free_contrast=0.05,
+    flips=(0.5, 0.0, 0.0),
+    validate_every=350,
+    autocast=True,
+)
+
 PROFILES = {
-    "smoke": Profile(
-        (8, 12, 16), (48, 64, 48), (80, 30, 60), 2e-3, 0.05, 2, "faithful", 3, 1, "product", 0.0, (0.5, 0, 0), 60, True
+    "smoke": replace(
+        CPU,
+        widths=(8, 12, 16),
+        crops=((48, 64, 48),) * 3,
+        steps=(80, 30, 60),
+        rate=2e-3,
+        segments=2,
+        train_cases=3,
+        validation_cases=1,
+        free_contrast=0.0,
+        validate_every=60,
     ),
-    "cpu": Profile(
-        (16, 24, 32, 64, 64),
-        (64, 80, 64),
-        (2000, 400, 2200),
-        1e-3,
-        0.05,
-        4,
-        "faithful",
-        160,
-        6,
-        "product",
-        0.05,
-        (0.5, 0.0, 0.0),
-        400,
-        True,
+    "cpu": CPU,
+    "gpu": replace(
+        CPU,
+        widths=(16, 32, 64, 128, 128),
+        crops=((96, 112, 96),) * 3,
+        steps=(12000, 4000, 16000),
+        segments=5,
+        train_cases=600,
+        validation_cases=12,
+        validate_every=1000,
     ),
-    "gpu": Profile(
-        (16, 32, 64, 128, 128),
-        (96, 112, 96),
-        (12000, 4000, 16000),
-        1e-3,
-        0.05,
-        5,
-        "faithful",
-        600,
-        12,
-        "product",
-        0.05,
-        (0.5, 0.0, 0.0),
-        1000,
-        True,
-    ),
-    "paper": Profile(
-        (30, 60, 120, 240, 480),
-        (96, 96, 96),
-        (30000, 30000, 30000),
-        1e-4,
-        0.05,
-        7,
-        "paper",
-        600,
-        12,
-        "paper",
-        0.0,
-        (0.5, 0.5, 0.5),
-        1000,
-        False,
+    "paper": replace(
+        CPU,
+        widths=(30, 60, 120, 240, 480),
+        crops=((96, 96, 96),) * 3,
+        steps=(30000, 30000, 30000),
+        rate=1e-4,
+        segments=7,
+        likelihood="paper",
+        train_cases=600,
+        validation_cases=12,
+        ranges="paper",
+        free_contrast=0.0,
+        flips=(0.5, 0.5, 0.5),
+        validate_every=1000,
+        autocast=False,
     ),
 }
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of this name.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    if name not in PROFILES:
+        raise ValueError(f"--profile: expected one of {', '.join(PROFILES)}, got {name!r}")
+    return PROFILES[name]
 
 
 def run(
@@ -151,7 +170,7 @@ def run(
         profile.steps[0],
     )
 
-    # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part on the clean twin.
+    # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part.
     teachers = []
     for artefact in ARTEFACTS:
         name, teacher = f"teacher_{artefact}", UNet(NetworkConfig(profile.widths, 2))
@@ -213,18 +232,18 @@ class Samples:
             raise ValueError(f"{self.folder}: holds no case yet; run rescan-train bank first")
         return self.cases[int(rng.integers(len(self.cases)))]
 
-    def draw(self, rng: np.random.Generator, case: Case, twins: Sequence[int]) -> Sample:
+    def draw(self, rng: np.random.Generator, case: Case, twins: Sequence[int], crop: Shape) -> Sample:
         """The same crop of several images of one case, augmented alike."""
-        corner = self._corner(rng, case)
-        where = tuple(slice(c, c + n) for c, n in zip(corner, self.profile.crop, strict=True))
+        corner = self._corner(rng, case, crop)
+        where = tuple(slice(c, c + n) for c, n in zip(corner, crop, strict=True))
         images = torch.from_numpy(np.stack([np.asarray(case.images[t][where], dtype=np.float32) for t in twins]))
         labels = torch.from_numpy((case.labels[where] & GREY).astype(np.int64))
         images, labels = augment(images, labels, draw_augmentation(rng, self.profile.flips))
         return Sample(images.to(self.device), labels[None].to(self.device))
 
-    def _corner(self, rng: np.random.Generator, case: Case) -> list[int]:
-        """A crop placed so that its middle lies where the brain is: half the way to the middle of a random grey voxel."""
-        shape, crop = case.labels.shape, self.profile.crop
+    def _corner(self, rng: np.random.Generator, case: Case, crop: Shape) -> list[int]:
+        """A crop whose middle lies near a random grey voxel."""
+        shape = case.labels.shape
         for_grey = [int(rng.integers(0, max(n - c, 0) + 1)) for n, c in zip(shape, crop, strict=True)]
         for _ in range(8):
             at = [int(rng.integers(n)) for n in shape]
@@ -250,7 +269,7 @@ class Samples:
 def task_loss(samples: Samples, step: int, eps: float, network: Any) -> Parts:
     """Eq. 4 on a clean image."""
     rng = np.random.default_rng((1, step))
-    sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")])
+    sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")], samples.profile.crops[0])
     logits, log_variance = samples.forward(network, sample.image(0))
     return combine(logits, log_variance, sample.labels, sample.weight(0), None, eps, samples.profile.likelihood)
 
@@ -262,7 +281,7 @@ def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
         rng = np.random.default_rng((2, ARTEFACTS.index(artefact), step))
         case = samples.case(rng)
         draw = "clean" if step % 2 else f"{artefact}_{'ab'[int(rng.integers(2))]}"
-        sample = samples.draw(rng, case, [IMAGES.index(draw), 0])
+        sample = samples.draw(rng, case, [IMAGES.index(draw), 0], samples.profile.crops[1])
         logits, log_variance = samples.forward(network, sample.image(0))
         target = samples.variance(task, sample.image(1))
         return combine(logits, log_variance, sample.labels, sample.weight(0), target, eps, samples.profile.likelihood)
@@ -283,7 +302,7 @@ def student_loss(samples: Samples, task: UNet, teachers: Sequence[UNet]) -> Any:
         present = case.present[seen]
         draws = "b" if IMAGES[seen].endswith("_b") and not IMAGES[seen].startswith("composite") else "a"
         singles = [IMAGES.index(f"{a}_{draws}") if present[i] else 0 for i, a in enumerate(ARTEFACTS)]
-        sample = samples.draw(rng, case, [seen, 0, *singles])
+        sample = samples.draw(rng, case, [seen, 0, *singles], samples.profile.crops[2])
         logits, log_variance = samples.forward(network, sample.image(0))
         weights = _teacher_weights(rng, present)
         targets = [samples.variance(task, sample.image(1))]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Noise:
     """Complex Gaussian noise of equal variance in every sample.
 
     Attributes:
-        snr_db: 10 log10(mean |k|^2 / E|n|^2) over the full grid (by Parseval the same in image space). Smaller is worse.
+        snr_db: 10 log10(mean |k|^2 / E|n|^2) over the full grid, by Parseval the same in image space. Smaller is worse.
         seed: of the noise itself.
     """
 
@@ -146,7 +147,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class Corruption:
-    """What happened to one image; None where an artefact is absent. The artefact `wrap` is a mask, a fold-over or both."""
+    """What happened to one image; None where an artefact is absent. `wrap` is a mask, a fold-over or both."""
 
     noise: Noise | None = None
     spike: Spike | None = None
@@ -397,7 +398,7 @@ def _low_band_weights(k: Tensor, axis: int, edges: list[int]) -> Any:
         energy = energy.narrow(d, n // 2 - n // 16, max(1, n // 8))
     profile = energy.sum(dim=others).double().cpu().numpy()
     profile[np.abs(np.arange(len(profile)) - len(profile) // 2) > len(profile) // 16] = 0.0
-    parts = np.array([profile[a:b].sum() for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    parts = np.array([profile[a:b].sum() for a, b in pairwise(edges)])
     return parts / parts.sum()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and epsilon fall together, halved at the start of each of `segments` equal parts but the first (L9).
+    """Learning rate and epsilon fall together, halved at the start of each of `segments` equal parts but the first.
 
     Attributes:
         steps: optimiser steps of the stage.
@@ -103,7 +102,7 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
     meter, saved = Meter(stage, out, first), time.monotonic()
     for step in range(first, stage.schedule.steps):
         parts = _step(stage, step, model, optimizer)
-        meter.add(step, parts)
+        meter.add(parts)
         if (step + 1) % validate_every == 0 or step + 1 == stage.schedule.steps:
             network.eval()
             meter.report(step, stage.validate(network))
@@ -142,7 +141,7 @@ def _step(stage: Stage, step: int, model: torch.nn.Module, optimizer: torch.opti
 def _save_state(path: Path, network: UNet, optimizer: torch.optim.Optimizer, step: int) -> None:
     temporary = path.with_suffix(".state.part")
     torch.save({"weights": network.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _resume(path: Path, network: UNet, optimizer: torch.optim.Optimizer) -> int:
@@ -168,7 +167,7 @@ class Meter:
         self.sums: dict[str, float] = {}
         self.count, self.begun, self.writer = 0, time.monotonic(), _tensorboard(out / "tensorboard" / stage.name)
 
-    def add(self, step: int, parts: Parts) -> None:
+    def add(self, parts: Parts) -> None:
         """Take one step's numbers."""
         values: dict[str, Tensor] = {
             k: getattr(parts, k) for k in ("total", "ce", "likelihood", "consistency", "weight_p99")

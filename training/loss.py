@@ -141,7 +141,7 @@ def combine(
 
     Args:
         log_variance: (N, 1 + A, D, H, W): the task's, then one per artefact.
-        targets: (N, T, D, H, W) sigma^2 that the first T variances shall equal (the frozen networks'); None in the task stage.
+        targets: (N, T, D, H, W) sigma^2 of the frozen networks, which the first T variances shall equal; None: task.
         channels: (T,) weights of the targets, see `consistency`.
     """
     variance = torch.exp(log_variance)

@@ -44,17 +44,18 @@ class StandardConv(nn.Module):
 
     def __init__(self, cin: int, cout: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(cout, cin, 3, 3, 3))
-        self.gain = nn.Parameter(torch.ones(cout))
-        self.bias = nn.Parameter(torch.zeros(cout))
         # He's scale for a leaky ReLU over the fan-in: keeps the variance of the features from layer to layer.
         self.scale = math.sqrt(2.0 / (1.0 + LEAK**2)) / math.sqrt(cin * 27)
+        # The length of a filter does not matter to the output, but Adam's step is absolute: short filters turn quickly.
+        self.weight = nn.Parameter(torch.randn(cout, cin, 3, 3, 3) * self.scale)
+        self.gain = nn.Parameter(torch.ones(cout))
+        self.bias = nn.Parameter(torch.zeros(cout))
 
     def folded(self) -> Tensor:
         """The plain convolution weight, (cout, cin, 3, 3, 3)."""
         w = self.weight
         mean = w.mean(dim=(1, 2, 3, 4), keepdim=True)
-        std = (w - mean).square().mean(dim=(1, 2, 3, 4), keepdim=True).add(1e-6).sqrt()
+        std = (w - mean).square().mean(dim=(1, 2, 3, 4), keepdim=True).add(1e-8).sqrt()
         return (w - mean) / std * (self.gain * self.scale)[:, None, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""Each loss against an oracle written another way (NumPy, float64)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: training tests need the training extra")
+
+from training import loss as L  # noqa: E402,N812
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "logits": torch.randn((2, 2, 4, 5, 6), generator=g, dtype=torch.float64),
+        "labels": (torch.rand((2, 4, 5, 6), generator=g) > 0.5).long(),
+        "variance": torch.rand((2, 4, 5, 6), generator=g, dtype=torch.float64) * 2,
+    }
+
+
+def numpy_ce(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    other = np.exp(logits[:, 0]) + np.exp(logits[:, 1])
+    chosen = np.where(labels == 1, logits[:, 1], logits[:, 0])
+    return np.log(other) - chosen
+
+
+@pytest.mark.parametrize("form", L.LIKELIHOODS)
+def test_likelihood_matches_the_oracle(batch: dict[str, torch.Tensor], form: str) -> None:
+    """Each likelihood equals its formula in plain NumPy."""
+    eps = 0.05
+    f, y, s2 = batch["logits"].numpy(), batch["labels"].numpy(), batch["variance"].numpy() + eps
+    ce = numpy_ce(f, y)
+    expected = {
+        "paper": ce / s2 + 0.5 * np.log(s2),
+        "exact": numpy_ce(f / s2[:, None], y),
+        "faithful": ce + ce / s2 + 0.5 * np.log(s2),
+    }[form]
+    got, plain = L.heteroscedastic(batch["logits"], batch["labels"], batch["variance"], eps, form)
+    assert np.allclose(got.numpy(), expected, atol=1e-12)
+    assert np.allclose(plain.numpy(), ce, atol=1e-12)
+
+
+def test_minimum_of_equation_4() -> None:
+    """Over sigma^2, CE / (s2 + eps) + 0.5 log(s2 + eps) is least at s2 + eps = 2 CE."""
+    eps = 0.05
+    logits = torch.tensor([[0.3, -0.4]], dtype=torch.float64).reshape(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 20001)
+    labels = torch.zeros((1, 1, 1, 20001), dtype=torch.long)
+    s2 = torch.linspace(0.0, 4.0, 20001, dtype=torch.float64).reshape(1, 1, 1, -1)
+    value, ce = L.heteroscedastic(logits, labels, s2, eps, "paper")
+    best = float(s2.flatten()[value.flatten().argmin()])
+    assert best + eps == pytest.approx(2 * float(ce.flatten()[0]), abs=3e-4)
+
+
+@pytest.mark.parametrize("form", L.LIKELIHOODS)
+def test_gradients(batch: dict[str, torch.Tensor], form: str) -> None:
+    """Analytic gradients of the variance agree with finite differences."""
+    variance = batch["variance"].clone().requires_grad_(True)
+    logits = batch["logits"]
+    assert torch.autograd.gradcheck(
+        lambda v: L.heteroscedastic(logits, batch["labels"], v, 0.05, form)[0].sum(), (variance,)
+    )
+
+
+def test_faithful_teaches_the_segmentation_as_plain_cross_entropy(batch: dict[str, torch.Tensor]) -> None:
+    """With the faithful form, the gradient of the logits is that of the cross entropy, whatever the variance."""
+    logits = batch["logits"].clone().requires_grad_(True)
+    value, ce = L.heteroscedastic(logits, batch["labels"], batch["variance"], 0.05, "faithful")
+    faithful = torch.autograd.grad(value.sum(), logits, retain_graph=True)[0]
+    assert torch.allclose(faithful, torch.autograd.grad(ce.sum(), logits)[0])
+
+
+def test_unknown_form_is_named() -> None:
+    """An unknown likelihood is an error that shows it."""
+    z = torch.zeros(1, 2, 1, 1, 1)
+    with pytest.raises(ValueError, match="gaussian"):
+        L.heteroscedastic(z, torch.zeros(1, 1, 1, 1, dtype=torch.long), z[:, 0], 0.05, "gaussian")  # type: ignore[arg-type]
+
+
+def oracle_consistency(p: np.ndarray, t: np.ndarray) -> float:
+    """Eq. 7 with loops, unit weights."""
+    total = 0.0
+    for c in range(p.shape[1]):
+        a, b = p[:, c], t[:, c]
+        grads = [np.abs(np.diff(a, axis=x) - np.diff(b, axis=x)).mean() for x in (1, 2, 3)]
+        total += np.abs(a - b).mean() + sum(grads) / 3 + 0.1 * oracle_ssim(a, b).mean()
+    return total
+
+
+def oracle_ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(a)
+    for n, i, j, k in np.ndindex(a.shape):
+        window = tuple(slice(max(0, v - 1), v + 2) for v in (i, j, k))
+        x, y = a[(n, *window)], b[(n, *window)]
+        mx, my = x.mean(), y.mean()
+        vx, vy, cov = (x * x).mean() - mx**2, (y * y).mean() - my**2, (x * y).mean() - mx * my
+        ssim = (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+        out[n, i, j, k] = np.clip((1 - ssim) / 2, 0, 1)
+    return out
+
+
+def test_consistency_matches_the_oracle() -> None:
+    """Eq. 7: L1 on variances, L1 on their gradients, 0.1 SSIM with a 3x3x3 mean filter."""
+    rng = np.random.default_rng(1)
+    p, t = rng.random((2, 3, 4, 5, 6)), rng.random((2, 3, 4, 5, 6))
+    got = L.consistency(torch.tensor(p), torch.tensor(t), torch.ones((2, 4, 5, 6), dtype=torch.float64))
+    assert float(got) == pytest.approx(oracle_consistency(p, t), rel=1e-6)
+
+
+def test_consistency_of_equals_is_zero() -> None:
+    """Equal variances cost nothing."""
+    p = torch.rand((1, 2, 6, 6, 6))
+    assert float(L.consistency(p, p, torch.ones((1, 6, 6, 6)))) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_outside_the_field_of_view_nothing_counts(batch: dict[str, torch.Tensor]) -> None:
+    """Voxels of weight zero change no part of the loss."""
+    weight = torch.ones_like(batch["variance"])
+    weight[:, 2:] = 0.0
+    log_variance = batch["variance"].log().unsqueeze(1)
+    first = L.combine(batch["logits"], log_variance, batch["labels"], weight, None, 0.05, "paper")
+    changed = batch["logits"].clone()
+    changed[:, :, 2:] += 5.0
+    second = L.combine(changed, log_variance, batch["labels"], weight, None, 0.05, "paper")
+    assert float(first.total) == pytest.approx(float(second.total))
