@@ -258,6 +258,7 @@ def write(pictures: Pictures, folder: Path, picture_id: str) -> None:
     """Put the pictures of one result below `folder`, whole or not at all; a folder that is there already stays.
 
     Args:
+        pictures: of one result.
         folder: STATE/pictures.
         picture_id: opaque identifier of the result; letters, digits, `-` and `_`.
 

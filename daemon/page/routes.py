@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 
 import anyio
 from anyio import to_thread
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
@@ -79,7 +80,8 @@ def routes(store: PageStore, access: Access | None = None) -> list[BaseRoute]:
         Route("/api/alerts/{alert_id}/displayed", page.displayed, methods=["POST"]),
         Route("/pictures/{result_id}/{name}", page.picture),
     ]
-    return [Mount("/", routes=inner, middleware=[Middleware(Guard, access=page.access)])]
+    # An application of its own, so that its "not found" passes the guard too.
+    return [Mount("/", app=Starlette(routes=inner, middleware=[Middleware(Guard, access=page.access)]))]
 
 
 class Page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from daemon.page.store import Entry
@@ -82,7 +83,7 @@ def control_limits(values: Sequence[float]) -> Limits | None:
     if len(values) < MIN_POINTS:
         return None
     centre = median(values)
-    spread = MEDIAN_RANGE_TO_LIMIT * median(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    spread = MEDIAN_RANGE_TO_LIMIT * median(abs(b - a) for a, b in pairwise(values))
     return Limits(centre, centre - spread, centre + spread, len(values))
 
 

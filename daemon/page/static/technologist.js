@@ -55,7 +55,7 @@ function pickEntry(scanner) {
 
 // --- the panel, built once ---------------------------------------------------------------------------------------------
 
-const viewer = new Viewer();
+const viewer = new Viewer(["task"]);
 const parts = {
   room: el("h1", { class: "room" }),
   doing: el("p", { class: "doing" }),
@@ -91,7 +91,7 @@ const focus = el(
   el(
     "div",
     { class: "say" },
-    el("div", { class: "verdict" }, parts.light, el("div", { class: "verdict-text" }, parts.meta, parts.word, parts.says, parts.headline)),
+    el("div", { class: "verdict" }, parts.light, el("div", { class: "verdict-text" }, parts.meta, parts.word, parts.headline, parts.says)),
     parts.advice,
     ackBox,
     parts.acknowledged,
@@ -103,14 +103,14 @@ const focus = el(
   viewer.root,
 );
 const announce = el("p", { class: "sr", role: "alert" });
+replace(byId("now"), parts.room, el("div", { class: "now-doing" }, parts.doing, parts.bar));
 const panel = el(
   "section",
   { class: "panel", "aria-label": "Scanner" },
-  el("header", { class: "now" }, parts.room, el("div", { class: "now-doing" }, parts.doing, parts.bar), parts.back),
   announce,
   focus,
   idle,
-  el("section", { class: "exam", "aria-label": "Series of this exam" }, parts.exam),
+  el("section", { class: "exam", "aria-label": "Series of this exam" }, parts.back, parts.exam),
 );
 
 // --- rendering ---------------------------------------------------------------------------------------------------------
@@ -190,10 +190,10 @@ function renderEntry(entry, scanner) {
   setText(parts.word, verdict.word);
   const headline = hide ? "" : headlineOf(entry);
   setText(parts.headline, headline);
-  setText(parts.says, headline && verdict.tone === "rescan" ? "" : verdict.says);
+  setText(parts.says, headline ? affectedOf(result) : verdict.says);
   parts.headline.hidden = !headline;
   parts.says.hidden = !parts.says.textContent;
-  setText(parts.advice, hide ? "" : adviceOf(result).join(" "));
+  setText(parts.advice, hide ? "" : adviceOf(result).map(keepTogether).join(" "));
   parts.advice.hidden = !parts.advice.textContent;
   replace(parts.more, hide ? [] : furtherReasons(entry).map((text) => el("li", {}, text)));
   replace(parts.dice, hide ? [] : diceOf(result));
@@ -201,7 +201,8 @@ function renderEntry(entry, scanner) {
   parts.held.hidden = !scanner.suppressed;
   setText(parts.held, scanner.suppressed ? `${scanner.suppressed} more ${scanner.suppressed === 1 ? "alert" : "alerts"} of this exam held back: see the series below.` : "");
   renderAlert(entry, scanner);
-  viewer.root.hidden = hide;
+  viewer.root.hidden = hide || !entry.pictures;
+  focus.classList.toggle("alone", viewer.root.hidden);
   viewer.show(hide ? null : entry);
 }
 
@@ -253,6 +254,14 @@ function headlineOf(entry) {
   return result.reasons[0]?.text ?? "";
 }
 
+// A number stays on one line with its unit.
+const keepTogether = (text) => text.replace(/(\d) (?=min\b|s\b|mm\b|%)/g, "$1\u00a0").replace(/(min) (?=\d)/g, "$1\u00a0");
+
+function affectedOf(result) {
+  const share = result.scores.gm_affected_share;
+  return share === undefined ? "" : `${Math.round(100 * share)} % of grey matter affected`;
+}
+
 const placeOf = (entry) => entry.result.place ?? entry.result.slices?.[0]?.place ?? entry.pictures?.planes[0]?.place ?? "";
 
 function adviceOf(result) {
@@ -263,7 +272,7 @@ function furtherReasons(entry) {
   const { result } = entry;
   if (result.verdict === "PASS") return [];
   const shown = headlineOf(entry);
-  const seen = new Set(["grey_matter_only", "dice_below_required"]);
+  const seen = new Set(["grey_matter_only", "dice_below_required", `artefact_${result.dominant_artefact}`]);
   return result.reasons.filter((reason) => !seen.has(reason.code) && reason.text !== shown).map((reason) => reason.text);
 }
 

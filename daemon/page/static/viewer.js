@@ -1,24 +1,26 @@
 // The worst slices in three planes, the uncertainty laid over them. The layers are pictures of their own: fading and changing
 // them asks the daemon nothing.
 
-import { el, replace } from "./dom.js";
+import { el, replace, setText } from "./dom.js";
 import { LAYERS } from "./words.js";
 
 const PLANES = { axial: "Axial", coronal: "Coronal", sagittal: "Sagittal" };
 
 export class Viewer {
-  constructor() {
-    this.resultId = "";
+  // Layers named in `without` are for the other view.
+  constructor(without = []) {
+    this.without = ["outline", ...without];
     this.layer = "total";
-    this.opacity = 70;
+    this.opacity = 55;
     this.outline = false;
     this.main = "";
     this.planes = el("div", { class: "planes" });
     this.chips = el("div", { class: "chips", role: "group", "aria-label": "Uncertainty shown" });
     this.slider = el("input", { type: "range", min: 0, max: 100, step: 5, value: this.opacity, oninput: () => this.fade() });
     this.controls = el("div", { class: "viewer-controls" }, this.chips, el("label", { class: "opacity" }, el("span", {}, "Overlay"), this.slider));
+    this.place = el("p", { class: "place" });
     this.none = el("p", { class: "hint" }, "No pictures of this series.");
-    this.root = el("div", { class: "viewer" }, this.planes, this.controls);
+    this.root = el("div", { class: "viewer" }, this.planes, this.place, this.controls);
   }
 
   // Show the pictures of a result; the same result again changes nothing.
@@ -29,6 +31,8 @@ export class Viewer {
     this.entry = entry;
     const pictures = entry?.pictures;
     this.controls.hidden = !pictures;
+    this.planes.classList.toggle("empty", !pictures);
+    this.place.hidden = true;
     if (!pictures) {
       replace(this.planes, this.none);
       return;
@@ -43,12 +47,15 @@ export class Viewer {
     const { planes } = this.entry.pictures;
     const ordered = [...planes].sort((a, b) => (b.plane === this.main) - (a.plane === this.main));
     replace(this.planes, ordered.map((plane) => this.plane(plane)));
+    const worst = ordered[0].place;
+    this.place.hidden = !worst;
+    setText(this.place, `Worst ${PLANES[this.main].toLowerCase()} slice: ${worst}`);
     this.drawChips();
     this.fade();
   }
 
   drawChips() {
-    const layers = this.entry.pictures.layers.filter((layer) => layer !== "outline");
+    const layers = this.entry.pictures.layers.filter((layer) => !this.without.includes(layer));
     const scores = this.entry.result.artefacts ?? {};
     const chip = (layer) =>
       el(
@@ -68,17 +75,13 @@ export class Viewer {
     const place = plane.place ? `, ${plane.place}` : "";
     const side = (edge) => el("span", { class: `side side-${edge}`, "aria-hidden": "true" }, plane.sides[edge]);
     return el(
-      "figure",
-      { class: isMain ? "plane main-plane" : "plane" },
-      el(
         "button",
-        { type: "button", class: "stack", "aria-label": `${PLANES[plane.plane]} slice${place}${isMain ? "" : ". Enlarge"}`, "aria-pressed": isMain, onclick: () => this.enlarge(plane.plane) },
+        { type: "button", class: isMain ? "stack main-plane" : "stack", "aria-label": `${PLANES[plane.plane]} slice${place}${isMain ? "" : ". Enlarge"}`, "aria-pressed": isMain, onclick: () => this.enlarge(plane.plane) },
         el("img", { src: `${base}.png`, alt: "", ...size }),
         el("img", { class: "layer", src: `${base}-${this.layer}.png`, alt: "", ...size }),
         el("img", { class: "outline", src: `${base}-outline.png`, alt: "", hidden: !this.outline, ...size }),
         Object.keys(plane.sides).map(side),
-      ),
-      el("figcaption", {}, PLANES[plane.plane], isMain && plane.place ? el("span", {}, ` · ${plane.place}`) : null),
+        el("span", { class: "plane-name", "aria-hidden": "true" }, PLANES[plane.plane]),
     );
   }
 
@@ -94,7 +97,7 @@ export class Viewer {
 
   enlarge(plane) {
     this.main = plane;
-    this.redraw(".main-plane .stack");
+    this.redraw(".main-plane");
   }
 
   // Draw again and give the focus back to where the person was.
