@@ -11,27 +11,35 @@ the ledger after, so each of them, and this one, may die at any moment. One thre
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import signal
 import socket
+import sqlite3
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
 from daemon import __version__
+from daemon.alert import Effect
 from daemon.calibration import FILE_NAME, CalibrationError, SiteCalibration, in_force, load_site
 from daemon.child import Child
-from daemon.config import ConfigError, Settings, load, needs_restart
+from daemon.config import UNKNOWN_SCANNER, ConfigError, Settings, load, needs_restart
 from daemon.flags import add_settings_flags, flags_from, settings_from
 from daemon.flow import Flow, Served, Verdicts
-from daemon.ledger import Ledger, LedgerError
+from daemon.ledger import AlertChange, Ledger
 from daemon.log import Event, Log, quiet_libraries
-from daemon.metrics import Metrics
+from daemon.metrics import OTHER, Metrics
+from daemon.page.guard import Access
+from daemon.page.routes import routes as page_routes
+from daemon.page_store import Board, Store, pictures_folder
+from daemon.pictures import remove_older
 from daemon.publish import Publisher
 from daemon.reader import spool_folder
 from daemon.reasons import REASONS
@@ -39,10 +47,10 @@ from daemon.result import SiteKey
 from daemon.rules import RuleError, load_rules
 from daemon.scorer import Scored
 from daemon.series import Assembly
-from daemon.spool import SpoolError, SpoolReader, StoredInstance
+from daemon.spool import SpoolError, SpoolReader, StoredInstance, remove_segments
 from daemon.watchdog import notify
 from daemon.web import Probes, Web, make_app
-from daemon.words import Refusal
+from daemon.words import Reason
 
 IN_FLIGHT = 32
 """Headers asked for and not yet answered: enough to keep the reader busy, few enough that no pipe fills."""
@@ -59,11 +67,17 @@ HEADER_STRIKES = 3
 TURN_S = 0.5
 """The main loop turns at least this often."""
 
+GAUGES_S = 0.2
+"""Between looks at what the page and the gauges show of the running flow."""
+
 SLOW_TURN_S = 10.0
 """Between looks at what changes slowly: disk, memory, retention."""
 
 STAGES = {"volume": "assemble", "prepare": "preprocess", "infer": "infer", "score": "postprocess"}
 """The scorer's steps -> the stages of the metrics."""
+
+STOP_LIMIT_S = {"receiver": 15.0, "scorer": 2.0, "reader": 2.0}
+"""What each child may take to finish: the receiver lets associations end; what the others hold is durable in the spool."""
 
 FORCED = 130
 """Exit status after a second signal."""
@@ -89,14 +103,15 @@ class App:
         self.key = _site_key(settings.state)
         self.rules = load_rules(settings.rules)
         self.metrics = Metrics([s.slug for s in settings.scanners], [r.name for r in self.rules], REASONS)
-        self.ledger = Ledger.open(settings.state / "ledger.db")
+        self.ledger = Ledger(settings.state / "ledger.db", settings.alerts, on_change=self._count_alert)
         self.publisher = Publisher(settings.events, self.ledger, ready=lambda: not self.not_ready())
         self.calibration = _Calibration(settings.state / FILE_NAME)
-        self.flow = Flow(
-            settings, self.key, self.rules, Assembly(settings), self.ledger.last_result, self.calibration.for_scan
-        )
+        self.flow = Flow(settings, self.key, self.rules, Assembly(settings), self.ledger, self.calibration.for_scan)
         self.children = {name: Child(name, settings) for name in ("receiver", "reader", "scorer")}
-        self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self.metrics.scrape)))
+        self.board = Board()
+        store = Store(lambda: self.settings, self.ledger, self.board, self.age_s, self.not_ready, self.publisher.wake)
+        page = page_routes(store, Access.from_settings(settings.http))
+        self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self.metrics.scrape), page))
         self.spool: SpoolReader | None = None
         self.dicom_port: int | None = None
         self.model_reason: str | None = "the model is being loaded and checked"
@@ -104,23 +119,29 @@ class App:
         self._started = (time.time(), time.monotonic())
         self._signals: list[int] = []
         self._reload_asked = self._said_started = False
+        self._startup_fault: str | None = None
+        self._ledger_fault: str | None = None
         self._wake, self._waker = socket.socketpair()
+        self._unwritten: deque[Verdicts] = deque()
+        self._replays_counted = 0
         self._in_flight: deque[StoredInstance] = deque()
         self._unsent: deque[StoredInstance] = deque()
         self._answered = time.monotonic()
         self._reader_strikes: tuple[int, int] = (-1, 0)
         self._job_started: float | None = None
         self._position = self._replay_until = 0
-        self._slow_due = 0.0
+        self._slow_due = self._gauges_due = 0.0
 
     # --- start, turn, stop --------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Serve until a signal."""
         self.start()
-        while not self._signals:
+        while not self._signals and self._startup_fault is None:
             self.turn(TURN_S)
         self.stop()
+        if self._startup_fault is not None:
+            raise ConfigError(self._startup_fault)
         return 0
 
     def start(self) -> None:
@@ -140,10 +161,12 @@ class App:
         for child in self._with_news(limit_s):
             self._listen_to(child)
         self._restart_the_dead()
-        if self.spool is not None:
+        self._judge(())
+        if self.spool is not None and self._ledger_fault is None:
             self._take_records(self.spool)
             self._ask_for_headers()
             self._judge(self.flow.apply(self.now()))
+            self._note_exams()
             self._end_replay()
             self._judge(self.flow.apply_time(self.now()))
             self._give_job()
@@ -155,7 +178,7 @@ class App:
         notify("STOPPING=1")
         self.web.stop()
         for name in ("receiver", "scorer", "reader"):
-            self.children[name].end(limit_s=5.0)
+            self.children[name].end(limit_s=STOP_LIMIT_S[name])
         self.publisher.stop()
         self.ledger.close()
         (self.settings.state / "ports.json").unlink(missing_ok=True)
@@ -178,6 +201,8 @@ class App:
             reasons.append("the DICOM port is not open yet")
         if self.model_reason is not None:
             reasons.append(self.model_reason)
+        if self._ledger_fault is not None:
+            reasons.append(self._ledger_fault)
         if self.flow.replaying:
             reasons.append("the spool is being read again")
         return reasons
@@ -225,8 +250,12 @@ class App:
     def _hear_receiver(self, message: dict[str, Any]) -> None:
         if message["kind"] == "listening":
             self.dicom_port = message["port"]
+            self.children["receiver"].settings = _with_port(self.settings, message["port"])
             self.spool = self.spool or self._open_spool()
             self._say_where()
+        elif message["kind"] == "failed":
+            self.log.write(Event.RECEIVER, level="error", reason=message["text"])
+            self._startup_fault = None if self._said_started else message["text"]
         elif message["kind"] == "count":
             self.metrics.apply(message["metric"], message["labels"], message["value"])
 
@@ -250,7 +279,7 @@ class App:
 
     def _open_spool(self) -> SpoolReader:
         spool = SpoolReader(spool_folder(self.settings))
-        self._replay_until = spool.last_position()
+        self._replay_until = spool.durable_position()
         return spool
 
     def _take_records(self, spool: SpoolReader) -> None:
@@ -275,9 +304,16 @@ class App:
             self._lost(self.children["reader"])
 
     def _take_header(self, position: int, header: Any) -> None:
-        if isinstance(header, Refusal):
-            self.metrics.count("header_errors_total", reason=header.reason.code)
+        if isinstance(header, Reason):
+            self.metrics.count("header_errors_total", reason=header.code)
         self.flow.add_header(position, header)
+
+    def _note_exams(self) -> None:
+        """A new exam on a scanner ends the alerts of the one before."""
+        exams, self.flow.new_exams = self.flow.new_exams, []
+        for scanner, exam_ref, at in exams:
+            with contextlib.suppress(sqlite3.Error):  # the result of the exam's first series says it again
+                self.ledger.exam_started(scanner, exam_ref, at)
 
     def _end_replay(self) -> None:
         if self.flow.replaying and self._position >= self._replay_until and not self.flow.waiting:
@@ -313,7 +349,7 @@ class App:
         self._reader_strikes = (suspect, strikes)
         if strikes >= HEADER_STRIKES:
             self._in_flight.popleft()
-            self._take_header(suspect, Refusal("bad_header", REASONS["bad_header"]))
+            self._take_header(suspect, Reason("bad_header", REASONS["bad_header"]))
         self._unsent.extendleft(reversed(self._in_flight))
         self._in_flight.clear()
 
@@ -344,8 +380,11 @@ class App:
             ort=str(engine.get("runtime", "")),
             provider=str(engine["provider"]),
         )
+        self.metrics.set("engine_fallback", bool(message["fallback"]))
         self.log.write(
             Event.ENGINE,
+            level="error" if message["fallback"] else None,
+            reason=message["fallback"] or None,
             model=f"{message['card'].name} {message['card'].version}",
             engine=engine["provider"],
             precision=engine["precision"],
@@ -363,32 +402,46 @@ class App:
         job = self.flow.next_job()
         if job is not None:
             self._job_started = time.monotonic()
-            picture = self.key.ref(f"pictures {job.stack.key} {job.content}")
+            picture = self.flow.picture_name(job.stack, job.content)
             self.children["scorer"].send({"kind": "score", "job": job.number, "stack": job.stack, "picture": picture})
 
     def _judge(self, verdicts: Iterable[Verdicts]) -> None:
-        """Write results down; everything else shows what is in the ledger."""
-        for verdict in verdicts:
-            result = verdict.result
-            self.ledger.record(verdict.result)
-            self.publisher.wake()
-            self._count_verdict(verdict)
-            self.log.write(
-                Event.SERIES,
-                series_ref=result["series_ref"],
-                scanner=result["scanner"],
-                verdict=result["verdict"],
-                final=result["final"],
-                revision=result["revision"],
-                artefact=result["dominant_artefact"],
-                predicted_dice=result["scores"].get("predicted_dice"),
-                required_dice=result.get("required_dice"),
-                reasons=",".join(reason["code"] for reason in result["reasons"]),
-                completeness=result["evidence"].get("completeness"),
-                instances=result["evidence"].get("instances"),
-                rule=result["policy"]["rule"],
-                seconds=result["timing_s"].get("last_instance_to_verdict"),
-            )
+        """Write results down; everything else shows what is in the ledger. What cannot be written now is kept for later."""
+        self._unwritten.extend(verdicts)
+        while self._unwritten:
+            verdict = self._unwritten[0]
+            try:
+                recorded = self.ledger.record(verdict.result)
+            except sqlite3.Error as error:
+                self.log.failure(error, process="main", step="ledger")
+                self._ledger_fault = "the ledger cannot be written; see the disk"
+                return
+            self._ledger_fault = None
+            self._unwritten.popleft()
+            if recorded.new:
+                self._show(verdict)
+
+    def _show(self, verdict: Verdicts) -> None:
+        """Tell the world what is in the ledger now."""
+        result = verdict.result
+        self.publisher.wake()
+        self._count_verdict(verdict)
+        self.log.write(
+            Event.SERIES,
+            series_ref=result["series_ref"],
+            scanner=result["scanner"],
+            verdict=result["verdict"],
+            final=result["final"],
+            revision=result["revision"],
+            artefact=result["dominant_artefact"],
+            predicted_dice=result["scores"].get("predicted_dice"),
+            required_dice=result.get("required_dice"),
+            reasons=",".join(reason["code"] for reason in result["reasons"]),
+            completeness=result["evidence"].get("completeness"),
+            instances=result["evidence"].get("instances"),
+            rule=result["policy"]["rule"],
+            seconds=result["timing_s"].get("last_instance_to_verdict"),
+        )
 
     # --- what is said and counted -------------------------------------------------------------------------------------
 
@@ -447,24 +500,66 @@ class App:
         if time.monotonic() < self._slow_due or self.spool is None:
             return
         self._slow_due = time.monotonic() + SLOW_TURN_S
-        facts = self.spool.facts()
+        self._measure(self.spool)
+        self._retire()
+
+    def _measure(self, spool: SpoolReader) -> None:
+        """Disk, memory and clock."""
+        facts = spool.facts()
         self.metrics.set("spool_bytes", facts.size_bytes)
         self.metrics.set("spool_free_bytes", facts.free_bytes)
         self.metrics.set("spool_quota_bytes", self.settings.spool.quota_bytes)
         self.metrics.set("spool_oldest_age_seconds", facts.oldest_age_s or 0.0)
         self.metrics.set("clock_step_seconds", time.time() - self.now())
-        for name, pid in {
-            "main": os.getpid(),
-            **{c.name: c.process.pid for c in self.children.values() if c.process},
-        }.items():
+        running = {child.name: child.process.pid for child in self.children.values() if child.process is not None}
+        for name, pid in {"main": os.getpid(), **running}.items():
             self.metrics.set("process_memory_bytes", resident_bytes(pid), process=name)
 
+    def _retire(self) -> None:
+        """Remove what is judged and older than the retention time."""
+        keep_s = self.settings.spool.retention_s
+        removed = remove_segments(spool_folder(self.settings), self.flow.judged_before(self.now()), keep_s)
+        remove_older(pictures_folder(self.settings), time.time() - keep_s)
+        if removed:
+            self.log.write(Event.RETENTION, count=removed)
+
     def _set_gauges(self) -> None:
+        if time.monotonic() < self._gauges_due:
+            return
+        self._gauges_due = time.monotonic() + GAUGES_S
         flow, now = self.flow, self.now()
+        facts = self.publisher.facts()
         self.metrics.set("ready", not self.not_ready())
         self.metrics.set("queue_depth", len(flow.waiting), stage="headers")
         self.metrics.set("queue_depth", len(flow.queue) + int(flow.running is not None), stage="score")
         self.metrics.set("queue_oldest_age_seconds", flow.oldest_wait_s(now), stage="score")
+        self.metrics.set("zmq_subscribers", facts["subscriptions"])
+        self.metrics.set("outbox_pending", facts["outbox_pending"])
+        self.metrics.count("replay_requests_total", facts["replay_requests"] - self._replays_counted)
+        self._replays_counted = facts["replay_requests"]
+        self.board.show(flow.progress())
+        opened = Counter(scanner for _, _, scanner, _, _ in flow.assembly.open_stacks())
+        for scanner in (*(s.slug for s in self.settings.scanners), UNKNOWN_SCANNER):
+            self.metrics.set("series_open", opened[scanner], scanner=scanner)
+
+    def _count_alert(self, change: AlertChange) -> None:
+        """Called by the ledger, in the thread that made the change."""
+        alert, metrics = change.alert, self.metrics
+        if change.effect is Effect.RAISE:
+            metrics.count(
+                "alerts_total", scanner=alert.scanner, severity=change.severity, reason=change.artefact or OTHER
+            )
+            if change.seconds is not None:
+                metrics.observe("last_slice_to_alert_seconds", change.seconds, scanner=alert.scanner)
+        elif change.effect is Effect.COUNT:
+            metrics.count("alerts_suppressed_total", scanner=alert.scanner)
+        elif change.effect is Effect.ACKNOWLEDGE:
+            metrics.count("alert_feedback_total", scanner=alert.scanner, verdict=alert.reason or OTHER)
+            if change.seconds is not None:
+                metrics.observe("alert_ack_seconds", change.seconds, scanner=alert.scanner)
+        elif change.happened is None and change.seconds is not None:
+            metrics.observe("alert_display_seconds", change.seconds, scanner=alert.scanner)
+        metrics.set("alerts_open", len(self.ledger.open_alerts(alert.scanner)), scanner=alert.scanner)
 
     # --- SIGHUP -------------------------------------------------------------------------------------------------------
 
@@ -537,6 +632,11 @@ def _site_key(state: Path) -> SiteKey:
         raise ConfigError(str(error)) from None
 
 
+def _with_port(settings: Settings, port: int) -> Settings:
+    """The settings with the DICOM port that was chosen, so that a receiver that starts again takes the same one."""
+    return dataclasses.replace(settings, dicom=dataclasses.replace(settings.dicom, port=port))
+
+
 def write_ports(path: Path, ports: dict[str, int]) -> None:
     """Write STATE/ports.json, whole or not at all."""
     fresh = path.with_suffix(".new")
@@ -584,5 +684,5 @@ def serve(args: argparse.Namespace) -> int:
     quiet_libraries(Log(effective.settings.log.format), "main")
     try:
         return App(effective.settings, args.config, flags_from(args)).run()
-    except (CalibrationError, RuleError, LedgerError, SpoolError) as error:
+    except (CalibrationError, RuleError, SpoolError) as error:
         raise ConfigError(str(error)) from None

@@ -25,6 +25,9 @@ T = TypeVar("T")
 UNKNOWN_SCANNER = "unknown"
 """The name of a caller that no `[[scanners]]` entry claims; also the only label value that the network can cause."""
 
+SHIPPED_MODEL = Path(__file__).parent / "models" / "student.onnx"
+"""The student that comes with Rescan."""
+
 _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 _ENDPOINT = re.compile(r"tcp://(?P<host>[^\s:*]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
@@ -167,6 +170,11 @@ class ModelSettings:
     engine_cache: Path | None = _setting(None, "folder of engines built ahead by `rescan-export tensorrt`")
     strikes: int = _setting(3, "crashes of the scorer after which a series is quarantined", low=1, high=10)
     time_limit_s: float = _setting(300.0, "seconds after which a scoring that hangs is ended", low=5, high=3600)
+
+    @property
+    def path(self) -> Path:
+        """The model file to serve."""
+        return self.file or SHIPPED_MODEL
 
 
 @dataclass(frozen=True)

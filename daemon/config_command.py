@@ -66,10 +66,9 @@ def find_faults(settings: Settings, *, ports: bool = True) -> list[str]:
 
 def _model_faults(settings: Settings) -> list[str]:
     from daemon.card import CardError, read_card
-    from daemon.scorer import model_file
 
     try:
-        read_card(model_file(settings.model))
+        read_card(settings.model.path)
     except CardError as error:
         return [f"model.file: {error}"]
     return []

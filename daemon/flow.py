@@ -7,7 +7,6 @@ ledger says which results exist already: a result's id follows from its stack, r
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +18,15 @@ from daemon.calibration import SiteCalibration
 from daemon.card import Card
 from daemon.config import AlertMode, Settings
 from daemon.header import Header
+from daemon.ledger import Last
+from daemon.page.store import Phase, Progress
+from daemon.page_store import Current
 from daemon.reasons import REASONS
 from daemon.result import Identity, Said, SiteKey, build_result
 from daemon.rules import Rule, match_rule
+from daemon.score import WorstSlice
 from daemon.scorer import Scored
-from daemon.series import Action, Assembly, Evidence, Judge, Stack
+from daemon.series import Action, Assembly, Evidence, Judge, Stack, State
 from daemon.spool import AssociationEnded, StoredInstance
 from daemon.words import Reason, Refusal, Verdict
 
@@ -34,20 +37,21 @@ KEPT_OUTCOMES = 32
 """Scores of stacks whose final result is still to come, kept so that nothing is inferred twice."""
 
 
-class Last(Protocol):
-    """What the ledger knows of a stack's newest result."""
+SETTLE_S = 60.0
+"""Beyond the longest time that a stack stays open, before its instances count as judged."""
 
-    @property
-    def id(self) -> str:
-        """Id of the result."""
+KEPT_EXAMS = 1000
+"""Exams whose last arrival is remembered, to score the newest first."""
 
-    @property
-    def revision(self) -> int:
-        """Its revision."""
 
-    @property
-    def final(self) -> bool:
-        """Whether it was final."""
+class Book(Protocol):
+    """What the flow asks the ledger; `daemon.ledger.Ledger` is one."""
+
+    def last_result(self, stack_ref: str) -> Last | None:
+        """The newest result of a stack."""
+
+    def strike(self, stack_ref: str) -> int:
+        """Count a death of the scorer while it held this stack, and say how many there are."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,6 @@ class Job:
         rule: the selection rule that admitted it.
         content: hash of what the stack holds.
         asked_at: when it was asked for.
-        strikes: how often the scorer died of it.
     """
 
     number: int
@@ -87,7 +90,6 @@ class Job:
     rule: Rule
     content: str
     asked_at: float
-    strikes: int = 0
 
     @property
     def stack(self) -> Stack:
@@ -106,11 +108,32 @@ class Verdicts:
 
 
 @dataclass
+class Arriving:
+    """The series that a scanner sent an instance of last.
+
+    Attributes:
+        series_uid: of the series; stays in the main process.
+        exam_ref: reference of its exam.
+        number: as on the console, or None.
+        expected: images that the header announces, or None.
+        since: unix seconds of its first image.
+        instances: images so far.
+    """
+
+    series_uid: str
+    exam_ref: str
+    number: int | None
+    expected: int | None
+    since: float
+    instances: int = 0
+
+
+@dataclass
 class _Waiting:
     """A record that has not been applied; an instance waits for its header."""
 
     record: Record
-    header: Header | Refusal | None = None
+    header: Header | Reason | None = None
 
 
 @dataclass
@@ -121,7 +144,7 @@ class Flow:
         settings: in force.
         key: turns UIDs into references.
         rules: selection rules, first match wins.
-        last_result: the ledger's newest result of a stack, by its reference.
+        book: the ledger.
         site_calibration: (model hash, scanner, rule) -> the site's own numbers, or None.
         served: the model in use; None until it is loaded.
     """
@@ -130,19 +153,23 @@ class Flow:
     key: SiteKey
     rules: tuple[Rule, ...]
     assembly: Assembly
-    last_result: Callable[[str], Last | None]
+    book: Book
     site_calibration: Callable[[str, str, str], SiteCalibration | None]
     served: Served | None = None
     replaying: bool = True
     waiting: deque[_Waiting] = field(default_factory=deque)
     queue: dict[str, Job] = field(default_factory=dict)
     running: Job | None = None
+    new_exams: list[tuple[str, str, float]] = field(default_factory=list)
+    arriving: dict[str, Arriving] = field(default_factory=dict)
+    _recent: deque[tuple[float, int]] = field(default_factory=deque)
     _by_position: dict[int, _Waiting] = field(default_factory=dict)
     _outcomes: OrderedDict[tuple[str, str], Scored] = field(default_factory=OrderedDict)
     _held_back: dict[str, Action] = field(default_factory=dict)
-    _exam_seen: dict[str, float] = field(default_factory=dict)
+    _exam_seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
     _jobs: int = 0
     _replayed_at: float = 0.0
+    _settled: int = 0
 
     # --- records in ---------------------------------------------------------------------------------------------------
 
@@ -153,7 +180,7 @@ class Flow:
         if isinstance(record, StoredInstance):
             self._by_position[record.position] = waiting
 
-    def add_header(self, position: int, header: Header | Refusal) -> None:
+    def add_header(self, position: int, header: Header | Reason) -> None:
         """Take what the reader found in an instance."""
         waiting = self._by_position.pop(position, None)
         if waiting is not None:
@@ -166,6 +193,7 @@ class Flow:
         ):
             waiting = self.waiting.popleft()
             at = self._time_of(waiting.record, now)
+            self._recent.append((at, waiting.record.position))
             if self.replaying:
                 yield from self._act(self.assembly.on_time(at), at)
             yield from self._act(self._apply_one(waiting, at), at)
@@ -182,14 +210,65 @@ class Flow:
         yield from self._act(held, now)
         yield from self.apply_time(now)
 
+    def judged_before(self, now: float) -> int:
+        """Position before which every record belongs to stacks that are judged for good.
+
+        A stack is final at the latest `max_open_s` after it opened; what is still to be applied or scored counts as open.
+        """
+        settled = now - self.settings.completeness.max_open_s - SETTLE_S
+        judged = 0
+        while self._recent and self._recent[0][0] < settled:
+            judged = self._recent.popleft()[1]
+        self._settled = max(self._settled, judged)
+        held = [stored.position for job in self._jobs_in_hand() for stored in job.stack.instances]
+        held += [waiting.record.position for waiting in list(self.waiting)[:1]]
+        return min([self._settled + 1, *held])
+
+    def _jobs_in_hand(self) -> list[Job]:
+        return [*self.queue.values(), *([self.running] if self.running else [])]
+
     def _apply_one(self, waiting: _Waiting, at: float) -> list[Action]:
         if isinstance(waiting.record, AssociationEnded):
             return self.assembly.on_association_ended(waiting.record, at)
-        if isinstance(waiting.header, Header):
-            study = waiting.header.study_uid
-            self._exam_seen[study] = max(at, self._exam_seen.get(study, 0.0))
-            return self.assembly.on_instance(waiting.record, waiting.header, at)
+        header = waiting.header
+        if isinstance(header, Header):
+            self._note_exam(waiting.record.scanner, header.study_uid, at)
+            self._note_arrival(waiting.record.scanner, header, at)
+            return self.assembly.on_instance(waiting.record, header, at)
+        if isinstance(header, Reason):
+            return self.assembly.on_instance(waiting.record, Refusal(header.code, header.text), at)
         return []
+
+    def _note_arrival(self, scanner: str, header: Header, at: float) -> None:
+        found = self.arriving.get(scanner)
+        if found is None or found.series_uid != header.series_uid:
+            frames = header.number_of_frames if header.number_of_frames > 1 else None
+            expected = header.expected_slices or header.expected_images or frames
+            exam = self.key.ref(header.study_uid)
+            found = Arriving(header.series_uid, exam, header.series_number, expected, at)
+            self.arriving[scanner] = found
+        found.instances += max(header.number_of_frames, 1)
+
+    def progress(self) -> dict[str, Current]:
+        """What each scanner is doing, for the page."""
+        judging = {job.stack.series_uid for job in self._jobs_in_hand()}
+        receiving = {uid for _, uid, _, state, _ in self.assembly.open_stacks() if state is State.OPEN}
+        return {scanner: self._current(a, judging, receiving) for scanner, a in self.arriving.items()}
+
+    def _current(self, arriving: Arriving, judging: set[str], receiving: set[str]) -> Current:
+        uid = arriving.series_uid
+        phase = Phase.JUDGING if uid in judging else Phase.RECEIVING if uid in receiving else None
+        if phase is None:
+            return Current(arriving.exam_ref, None)
+        facts = (self.key.ref(uid), arriving.number, arriving.instances, arriving.expected, arriving.since)
+        return Current(arriving.exam_ref, Progress(phase, *facts))
+
+    def _note_exam(self, scanner: str, study_uid: str, at: float) -> None:
+        if study_uid not in self._exam_seen:
+            self.new_exams.append((scanner, self.key.ref(study_uid), at))
+        self._exam_seen[study_uid] = max(at, self._exam_seen.pop(study_uid, 0.0))
+        while len(self._exam_seen) > KEPT_EXAMS:
+            self._exam_seen.popitem(last=False)
 
     def _time_of(self, record: Record, now: float) -> float:
         """Live, the moment of applying; in a replay, the moment of arrival, never running backwards."""
@@ -229,7 +308,7 @@ class Flow:
     def _is_known(self, action: Action, content: str) -> bool:
         """Whether the ledger holds this very result, or the final one of the same content."""
         identity = self.identity(action.stack)
-        last = self.last_result(identity.stack_ref)
+        last = self.book.last_result(identity.stack_ref)
         if last is None:
             return False
         finals = (True,) if action.final else (True, False)
@@ -249,8 +328,7 @@ class Flow:
 
     def oldest_wait_s(self, now: float) -> float:
         """Seconds since the oldest stack that waits for its scores was asked for; 0 when none waits."""
-        jobs = [*self.queue.values(), *([self.running] if self.running else [])]
-        return max((now - job.asked_at for job in jobs), default=0.0)
+        return max((now - job.asked_at for job in self._jobs_in_hand()), default=0.0)
 
     def scored(self, number: int, scored: Scored, now: float) -> Iterator[Verdicts]:
         """Take the scorer's answer."""
@@ -273,11 +351,8 @@ class Flow:
         job, self.running = self.running, None
         if job is None:
             return
-        job = dataclasses.replace(job, strikes=job.strikes + 1)
-        newer = self.queue.get(job.stack.key)
-        if job.strikes < self.settings.model.strikes:
-            if newer is None or newer.content == job.content:
-                self.queue[job.stack.key] = dataclasses.replace(newer or job, strikes=job.strikes)
+        if self.book.strike(self.identity(job.stack).stack_ref) < self.settings.model.strikes:
+            self.queue.setdefault(job.stack.key, job)
             return
         self.running = job
         yield from self.scored(job.number, Scored(None, Reason("scorer_crashed", REASONS["scorer_crashed"])), now)
@@ -294,7 +369,7 @@ class Flow:
 
     def _verdict(self, action: Action, rule: Rule | None, scored: Scored, content: str, now: float) -> Verdicts:
         identity = self.identity(action.stack)
-        last = self.last_result(identity.stack_ref)
+        last = self.book.last_result(identity.stack_ref)
         revision = action.revision if last is None else max(action.revision, last.revision + int(last.final))
         scanner = self.settings.scanner(identity.scanner)
         received = [stored.received_at for stored in action.stack.instances]
@@ -317,9 +392,30 @@ class Flow:
                 **{name: seconds.get(name) for name in ("prepare", "infer", "score")},
                 "last_instance_to_verdict": max(now - max(received), 0.0),
             },
-            extra={"series": series_facts(action.stack, max(received))},
+            extra={
+                "series": self._series_facts(action.stack, min(received), max(received)),
+                **({} if scored.scores is None else {"pictures": self.picture_name(action.stack, content)}),
+            },
         )
         return Verdicts(result, identity, action.stack.study_uid, max(received))
+
+    def picture_name(self, stack: Stack, content: str) -> str:
+        """What the pictures of a scored stack are filed under: the same for its provisional and its final result."""
+        return self.key.ref(f"pictures {stack.key} {content}")
+
+    def _series_facts(self, stack: Stack, began_at: float, ended_at: float) -> dict[str, Any]:
+        """What a person at the console knows a series by, and nothing that tells who; what is unknown is absent."""
+        header = stack.representative
+        protocol = header.attributes.get("ProtocolName") or header.attributes.get("SeriesDescription")
+        facts = {
+            "number": header.series_number,
+            "instances": len(stack.instances),
+            "began_at": began_at,
+            "ended_at": ended_at,
+            "duration_s": header.attributes.get("AcquisitionDuration"),
+            "protocol_ref": self.key.ref(f"protocol {protocol}") if protocol else None,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
     def _site(self, scanner: str, rule: Rule | None) -> SiteCalibration | None:
         if self.served is None or rule is None:
@@ -332,12 +428,6 @@ def content_hash(stack: Stack) -> str:
     return hashlib.sha256("".join(sorted(stored.sha256 for stored in stack.instances)).encode()).hexdigest()
 
 
-def series_facts(stack: Stack, ended_at: float) -> dict[str, Any]:
-    """What a person at the console knows a series by, and nothing that tells who: number, images, time since the end."""
-    facts = {"number": stack.representative.series_number, "instances": len(stack.instances), "ended_at": ended_at}
-    return {name: value for name, value in facts.items() if value is not None}
-
-
 def make_result(
     identity: Identity,
     scored: Scored,
@@ -345,6 +435,8 @@ def make_result(
     rule: Rule | None,
     site: SiteCalibration | None,
     evidence: Evidence | None,
+    *,
+    extra: Mapping[str, Any] | None = None,
     **rest: Any,
 ) -> dict[str, Any]:
     """The result object of one scored or refused stack; `rest` goes to `build_result` as it is."""
@@ -358,7 +450,8 @@ def make_result(
         said = Said(
             judgement.verdict, judgement.reasons, judgement.advice, judgement.dominant_artefact, judgement.required_dice
         )
-    scores = {} if scored.scores is None else {**scored.scores.flat(), "risk": scored.scores.risk}
+    found = scored.scores
+    extra = {**(extra or {}), "worst_slices": [] if found is None else [worst_slice(each) for each in found.slices]}
     return build_result(
         identity,
         said,
@@ -366,10 +459,21 @@ def make_result(
         model={} if served is None else served.model(),
         engine={} if served is None else served.engine,
         policy={"rule": None if rule is None else rule.name, "calibration": calibration},
-        scores=scores,
-        artefacts=None if scored.scores is None else scored.scores.artefacts,
+        scores={} if found is None else {**found.flat(), "risk": found.risk},
+        artefacts=None if found is None else found.artefacts,
+        extra=extra,
         **rest,
     )
+
+
+def worst_slice(found: WorstSlice) -> dict[str, Any]:
+    """A worst slice as a result tells it."""
+    return {
+        "plane": found.plane,
+        "index": found.index,
+        "place": found.place,
+        "variance": float(f"{found.variance:.4g}"),
+    }
 
 
 def _required(rule: Rule | None, served: Served | None) -> float | None:

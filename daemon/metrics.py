@@ -115,7 +115,7 @@ METRICS = (
 LABEL_VALUES: Mapping[str, frozenset[str]] = {
     "result": frozenset({"released", "aborted", "refused", "lost", "rejected"}),
     "status": frozenset(
-        "stored duplicate conflict a700 a701 a900 c000 c210 0117 0110 0122 ignored".split(),
+        ["stored", "duplicate", "conflict", "a700", "a701", "a900", "c000", "c210", "0117", "0110", "0122", "ignored"],
     ),
     "outcome": frozenset({"scored", "skipped", "failed", "incomplete"}),
     "stage": frozenset({"receive", "headers", "assemble", "preprocess", "infer", "postprocess", "score", "outbox"}),
@@ -123,7 +123,7 @@ LABEL_VALUES: Mapping[str, frozenset[str]] = {
     "process": frozenset({"main", "receiver", "reader", "scorer"}),
     "artefact": frozenset({"noise", "spike", "blur", "wrap", "motion"}),
     "verdict": frozenset(
-        "PASS REVIEW RESCAN CANNOT_JUDGE rescanning acceptable patient_cannot wrong".split(),
+        ["PASS", "REVIEW", "RESCAN", "CANNOT_JUDGE", "rescanning", "acceptable", "patient_cannot", "wrong"],
     ),
 }
 """What a label may hold where the code itself lists it. `scanner`, `rule` and `reason` come from the configuration and the
@@ -148,7 +148,7 @@ class Metrics:
             **LABEL_VALUES,
             "scanner": frozenset(scanners) | {UNKNOWN_SCANNER},
             "rule": frozenset(rules),
-            "reason": frozenset(reasons),
+            "reason": frozenset(reasons) | LABEL_VALUES["artefact"],
         }
         self._metrics = {metric.name: (metric, _make(metric, self.registry)) for metric in METRICS}
 

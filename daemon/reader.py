@@ -14,7 +14,7 @@ from pathlib import Path
 from daemon.config import Settings
 from daemon.header import Header, read_header
 from daemon.spool import SpoolReader, StoredInstance
-from daemon.words import Refusal
+from daemon.words import Reason, Refusal
 
 CPU_LIMIT_S = 20
 """CPU seconds for one header; a large one takes milliseconds."""
@@ -47,7 +47,7 @@ def run_reader(settings: Settings, control: Connection) -> None:
             control.send({"kind": "header", "position": stored.position, "header": _header(stored, spool.part10)})
 
 
-def _header(stored: StoredInstance, part10: Callable[[StoredInstance], bytes]) -> Header | Refusal:
+def _header(stored: StoredInstance, part10: Callable[[StoredInstance], bytes]) -> Header | Reason:
     """The header, or why there is none."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -55,4 +55,4 @@ def _header(stored: StoredInstance, part10: Callable[[StoredInstance], bytes]) -
     try:
         return read_header(part10(stored))
     except Refusal as refusal:
-        return refusal
+        return refusal.reason

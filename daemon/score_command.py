@@ -21,7 +21,7 @@ from daemon.flow import Served, content_hash, make_result
 from daemon.prepare import to_source_grid
 from daemon.result import SiteKey
 from daemon.rules import Rule, RuleError, default_rule, load_rules, match_rule
-from daemon.scorer import Scored, Seen, look_at, open_student
+from daemon.scorer import Scored, Seen, look_at, maps_of, open_student
 from daemon.series import Stack
 from daemon.student import Student
 from daemon.volume import volumes_from_path
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for number, (result, seen) in enumerate(judge_path(args.path, judge), 1):
         results.append(result)
         if args.maps is not None:
-            write_maps(args.maps / str(number), seen)
+            write_maps(args.maps / str(number), seen, judge.student)
         if not args.json:
             print(report(result))
     if args.json:
@@ -103,7 +103,7 @@ def judge_path(path: Path, judge: Judge) -> Iterator[tuple[dict[str, Any], Seen]
         elif isinstance(rule, Reason):
             seen = Seen(Scored(None, rule), found)
         else:
-            seen = look_at(lambda found=found: found, judge.student, judge.student.card)  # type: ignore[misc]
+            seen = look_at(lambda found=found: found, judge.student)  # type: ignore[misc]
         yield _result(judge, stack, str(source), seen, rule if isinstance(rule, Rule) else None), seen
 
 
@@ -143,17 +143,18 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([head, *told])
 
 
-def write_maps(folder: Path, seen: Seen) -> None:
+def write_maps(folder: Path, seen: Seen, student: Student) -> None:
     """Write the maps on the source grid and affine; nothing for a volume that was refused.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    if seen.volume is None or seen.prepared is None or seen.maps is None:
+    maps = maps_of(seen, student)
+    if seen.volume is None or seen.prepared is None or maps is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    named: dict[str, Array] = {"gm_probability": seen.maps.gm_probability, "task_variance": seen.maps.task_variance}
-    named |= {f"{name}_variance": seen.maps.artefact_variance[i] for i, name in enumerate(ARTEFACTS)}
+    named: dict[str, Array] = {"gm_probability": maps.gm_probability, "task_variance": maps.task_variance}
+    named |= {f"{name}_variance": maps.artefact_variance[i] for i, name in enumerate(ARTEFACTS)}
     for name, cells in named.items():
         _write_nifti(folder / f"{name}.nii.gz", to_source_grid(cells, seen.prepared, seen.volume, 0.0), seen.volume)
 

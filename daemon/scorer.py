@@ -6,6 +6,8 @@ line and tried again when the file changes; the process stays.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -14,20 +16,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from daemon.card import Card, CardError
+from daemon import pictures
+from daemon.card import CardError
 from daemon.config import ModelSettings, Settings
 from daemon.engines import EngineError
 from daemon.log import Log
+from daemon.page_store import pictures_folder
 from daemon.prepare import Prepared, prepare
 from daemon.reader import spool_folder
-from daemon.score import Scores, score_maps
+from daemon.reasons import REASONS
+from daemon.score import Scores, score_maps, score_reduced
 from daemon.spool import SpoolReader
 from daemon.student import Student
 from daemon.volume import build_volume
 from daemon.words import Maps, Reason, Refusal, Volume
 
-SHIPPED_MODEL = Path(__file__).parent / "models" / "student.onnx"
-"""The student that comes with Rescan."""
+ON_GPU = ("cuda", "tensorrt")
 
 _LOOK_AGAIN_S = 2.0
 
@@ -59,11 +63,6 @@ class Seen:
     maps: Maps | None = None
 
 
-def model_file(settings: ModelSettings) -> Path:
-    """The model to serve."""
-    return settings.file or SHIPPED_MODEL
-
-
 def open_student(settings: ModelSettings) -> Student:
     """Load, warm and check the model.
 
@@ -71,26 +70,43 @@ def open_student(settings: ModelSettings) -> Student:
         CardError, EngineError: it cannot be served; one line with the remedy.
     """
     return Student.open(
-        model_file(settings), settings.engine, settings.precision, threads=settings.threads, cache=settings.engine_cache
+        settings.path, settings.engine, settings.precision, threads=settings.threads, cache=settings.engine_cache
     )
 
 
-def look_at(make_volume: Callable[[], Volume], student: Student, card: Card) -> Seen:
-    """From a volume to its scores; a refusal on the way becomes the result."""
+def look_at(make_volume: Callable[[], Volume], student: Student) -> Seen:
+    """From a volume to its scores; a refusal on the way becomes the result.
+
+    On a GPU the maps are reduced where they are, and are absent from what is returned: `maps_of` fetches them afterwards.
+    """
     seconds: dict[str, float] = {}
     volume: Volume | None = None
+    maps: Maps | None = None
     try:
         with _Stopwatch(seconds, "volume"):
             volume = make_volume()
         with _Stopwatch(seconds, "prepare"):
             prepared = prepare(volume)
-        with _Stopwatch(seconds, "infer"):
-            maps = student.run(prepared)
-        with _Stopwatch(seconds, "score"):
-            scores = score_maps(maps, prepared, card)
+        if student.facts.engine in ON_GPU:
+            with _Stopwatch(seconds, "infer"):
+                reduced = student.reduce(prepared)
+            with _Stopwatch(seconds, "score"):
+                scores = score_reduced(reduced, prepared, student.card)
+        else:
+            with _Stopwatch(seconds, "infer"):
+                maps = student.run(prepared)
+            with _Stopwatch(seconds, "score"):
+                scores = score_maps(maps, prepared, student.card)
     except Refusal as refusal:
         return Seen(Scored(None, refusal.reason, seconds, volume.provenance if volume else {}), volume)
     return Seen(Scored(scores, None, seconds, volume.provenance), volume, prepared, maps)
+
+
+def maps_of(seen: Seen, student: Student) -> Maps | None:
+    """The maps of a scored volume; None for one that was refused."""
+    if seen.prepared is None:
+        return None
+    return seen.maps or student.run(seen.prepared)
 
 
 class _Stopwatch:
@@ -107,23 +123,61 @@ class _Stopwatch:
 
 
 def run_scorer(settings: Settings, control: Connection) -> None:
-    """Say `loaded`, then answer `{"kind": "score", "job", "stack"}` with `{"kind": "scored", "job", "scored"}`, one at a time."""
+    """Say `loaded`, then answer each `{"kind": "score", "job", "stack", "picture"}`, one at a time.
+
+    The answer is `{"kind": "scored", "job", "scored"}`; when the pictures of that scan are drawn, `{"kind": "drawn", "job"}`.
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     student = _open_until_it_works(settings.model, control)
     if student is None:
         return
-    card = student.card
-    control.send({"kind": "loaded", "card": card, "sha256": student.sha256, "engine": student.describe()})
+    control.send(_loaded(student))
     spool, log = SpoolReader(spool_folder(settings)), Log(settings.log.format)
     while (message := _next(control)) is not None:
-        stack = message["stack"]
+        seen = Seen(Scored(None, Reason("scorer_failed", REASONS["scorer_failed"])))
         try:
-            seen = look_at(lambda stack=stack: build_volume(stack, spool.read), student, card)  # type: ignore[misc]
-            scored = seen.scored
-        except Exception as error:  # border: one bad series must not end the process
+            seen = look_at(lambda stack=message["stack"]: build_volume(stack, spool.read), student)  # type: ignore[misc]
+        except Exception as error:  # noqa: BLE001  (border: one bad series must not end the process)
             log.failure(error, process="scorer", step="score")
-            scored = Scored(None, Reason("scorer_failed", ""))
-        control.send({"kind": "scored", "job": message["job"], "scored": scored})
+        control.send({"kind": "scored", "job": message["job"], "scored": seen.scored})
+        try:
+            _draw(seen, student, pictures_folder(settings), message["picture"])
+        except Exception as error:  # noqa: BLE001  (border: a verdict without a picture is still a verdict)
+            log.failure(error, process="scorer", step="draw")
+        control.send({"kind": "drawn", "job": message["job"]})
+        del seen
+        give_back_memory()
+
+
+def _loaded(student: Student) -> dict[str, Any]:
+    skipped = [f"{each.engine}: {each.reason}" for each in student.skipped]
+    return {
+        "kind": "loaded",
+        "card": student.card,
+        "sha256": student.sha256,
+        "engine": student.describe(),
+        "fallback": "; ".join(skipped) if has_gpu() and student.facts.engine not in ON_GPU else "",
+    }
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU that its driver shows."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _draw(seen: Seen, student: Student, folder: Path, name: str) -> None:
+    """Draw the worst slices of a scored volume."""
+    maps = maps_of(seen, student)
+    if maps is None or seen.volume is None or seen.prepared is None or seen.scored.scores is None:
+        return
+    slices = seen.scored.scores.slices
+    pictures.write(pictures.draw(seen.volume, seen.prepared, maps, slices, student.card.calibration), folder, name)
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system, so that memory does not creep up with every series (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _next(control: Connection) -> dict[str, Any] | None:
@@ -138,12 +192,12 @@ def _next(control: Connection) -> dict[str, Any] | None:
 def _open_until_it_works(settings: ModelSettings, control: Connection) -> Student | None:
     """Open the model; after a failure say why, and try again when the file changed. None when told to stop."""
     while True:
-        seen = _signature(model_file(settings))
+        seen = _signature(settings.path)
         try:
             return open_student(settings)
         except (CardError, EngineError) as error:
             control.send({"kind": "unusable", "text": str(error)})
-        while _signature(model_file(settings)) == seen:
+        while _signature(settings.path) == seen:
             if control.poll(_LOOK_AGAIN_S) and _next(control) is None:
                 return None
 
