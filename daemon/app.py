@@ -129,6 +129,7 @@ class App:
         self._answered = time.monotonic()
         self._reader_strikes: tuple[int, int] = (-1, 0)
         self._job_started: float | None = None
+        self._drawing = False
         self._position = self._replay_until = 0
         self._slow_due = self._gauges_due = 0.0
 
@@ -270,8 +271,11 @@ class App:
         elif message["kind"] == "unusable":
             self.model_reason = message["text"]
             self.log.write(Event.NOT_READY, level="error", reason=message["text"])
+        elif message["kind"] == "drawn":
+            self._drawing = False
+            self.board.touch()
         elif message["kind"] == "scored":
-            self._job_started = None
+            self._job_started, self._drawing = None, True
             self._count_stages(message["scored"])
             self._judge(self.flow.scored(message["job"], message["scored"], self.now()))
 
@@ -354,7 +358,7 @@ class App:
         self._in_flight.clear()
 
     def _scorer_lost(self) -> None:
-        self._job_started = None
+        self._job_started, self._drawing = None, False
         self.flow.served = None
         self.model_reason = "the scorer is starting again"
         self.metrics.count("inference_errors_total", reason="scorer_crashed")
@@ -397,7 +401,7 @@ class App:
         limit_s = self.settings.model.time_limit_s
         if self._job_started is not None and time.monotonic() - self._job_started > limit_s:
             self._lost(self.children["scorer"])
-        if self.flow.served is None:
+        if self.flow.served is None or self._drawing:
             return
         job = self.flow.next_job()
         if job is not None:

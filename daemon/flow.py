@@ -26,7 +26,7 @@ from daemon.result import Identity, Said, SiteKey, build_result
 from daemon.rules import Rule, match_rule
 from daemon.score import WorstSlice
 from daemon.scorer import Scored
-from daemon.series import Action, Assembly, Evidence, Judge, Stack, State
+from daemon.series import Action, Assembly, Evidence, Judge, Refuse, Stack, State
 from daemon.spool import AssociationEnded, StoredInstance
 from daemon.words import Reason, Refusal, Verdict
 
@@ -292,10 +292,11 @@ class Flow:
         if self._is_known(action, content):
             self.queue.pop(action.stack.key, None)
             return
-        rule = action.reason if not isinstance(action, Judge) else match_rule(action.stack, self.rules)
-        if isinstance(rule, Reason):
+        rule = match_rule(action.stack, self.rules)
+        if isinstance(action, Refuse) or isinstance(rule, Reason):
             self.queue.pop(action.stack.key, None)
-            yield self._verdict(action, None, Scored(None, rule), content, now)
+            reason = action.reason if isinstance(action, Refuse) else rule if isinstance(rule, Reason) else None
+            yield self._verdict(action, None, Scored(None, reason), content, now)
             return
         known = self._outcomes.get((action.stack.key, content))
         if known is not None:

@@ -57,6 +57,11 @@ class Board:
             if current != self._current:
                 self._current, self._number = dict(current), self._number + 1
 
+    def touch(self) -> None:
+        """Something else that the page shows has changed, such as a picture."""
+        with self._lock:
+            self._number += 1
+
     def of(self, scanner: str) -> Current | None:
         """What one scanner is doing."""
         return self._current.get(scanner)

@@ -160,7 +160,9 @@ def write_maps(folder: Path, seen: Seen, student: Student) -> None:
 
 
 def _write_nifti(path: Path, values: Array, volume: Volume) -> None:
-    import nibabel as nib
+    import nibabel
+
+    nib: Any = nibabel
 
     image = nib.Nifti1Image(values.astype(np.float32), volume.affine)
     image.set_sform(volume.affine, code=1)

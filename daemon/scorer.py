@@ -87,7 +87,7 @@ def look_at(make_volume: Callable[[], Volume], student: Student) -> Seen:
             volume = make_volume()
         with _Stopwatch(seconds, "prepare"):
             prepared = prepare(volume)
-        if student.facts.engine in ON_GPU:
+        if student.facts.provider in ON_GPU:
             with _Stopwatch(seconds, "infer"):
                 reduced = student.reduce(prepared)
             with _Stopwatch(seconds, "score"):
@@ -156,7 +156,7 @@ def _loaded(student: Student) -> dict[str, Any]:
         "card": student.card,
         "sha256": student.sha256,
         "engine": student.describe(),
-        "fallback": "; ".join(skipped) if has_gpu() and student.facts.engine not in ON_GPU else "",
+        "fallback": "; ".join(skipped) if has_gpu() and student.facts.provider not in ON_GPU else "",
     }
 
 
