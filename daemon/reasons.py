@@ -17,6 +17,7 @@ REFUSALS: dict[str, str] = {
     "uncombined_coils": "This is the image of a single coil element, not the combined image.",
     "two_dimensional": "This is a 2D acquisition; the model knows 3D acquisitions only.",
     "thick_slices": "The slices or pixels are too large for the model.",
+    "twin": "The same acquisition came in a preferred form (distortion-corrected or normalised), which is judged.",
     "no_rule": "No selection rule matches this series.",
     # Geometry
     "no_geometry": "Position, orientation or spacing of the slices is missing or unusable.",

@@ -1,0 +1,752 @@
+"""Which instances make a stack, and when it is complete.
+
+A pure table: instances, ends of associations and the time go in, actions come out; no clock, no disk, no engine. The same
+records in the same order give the same stacks and actions, so a restart replays the spool and stands where it stood.
+
+An instance costs the same whether it is the tenth or the ten-thousandth: geometry is looked at only when the evidence of
+completeness is, never per instance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from daemon.config import CompletenessSettings, Settings
+from daemon.geometry import Geometry, first_volume, measure
+from daemon.header import MULTI_FRAME, SUPPORTED, Frame, Header
+from daemon.reasons import REASONS
+from daemon.spool import AssociationEnded, StoredInstance
+from daemon.words import Reason, Refusal
+
+# --- What comes out ---------------------------------------------------------------------------------------------------
+
+
+class Complete(StrEnum):
+    """Why a stack was called complete; sentences in `daemon/reasons.py`."""
+
+    COUNTED = "counted"
+    RELEASED = "released"
+    QUIET = "quiet"
+    QUIET_FINAL = "quiet_final"
+    TIMEOUT = "timeout"
+    SCORE_NOW = "score_now"
+    MPPS = "mpps"
+    FILE = "file"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known about completeness.
+
+    Attributes:
+        completeness: why the stack was judged now.
+        instances: images held; an Enhanced instance counts as many as its frames.
+        expected: images that the header announces, None where it does not tell.
+        rule: the attribute that announces them, None likewise.
+    """
+
+    completeness: str
+    instances: int
+    expected: int | None
+    rule: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One image plane of a stack: which instance holds it, as which frame (from 0), and its facts."""
+
+    instance: int
+    frame: int
+    facts: Frame
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The images that make one volume.
+
+    Attributes:
+        key: stable name of the stack.
+        scanner: configured slug, else "unknown".
+        series_uid, study_uid: of the first instance.
+        instances: each once, in the order of position where it is known.
+        planes: in the order of position where it is known; `Plane.instance` counts in `instances`.
+        representative: header of one instance; it keeps the first of its frames alone.
+        geometry: the regular grid of the planes, or why there is none.
+        volumes: how many volumes the stack holds; only the first whole one is here.
+        orientations: how many orientations its series has.
+        expected: planes that the header announces for this volume, None where it does not tell.
+        expected_from: the attribute that announces them.
+        better_twin: a stack of the same acquisition is preferred (distortion-corrected, normalised).
+    """
+
+    key: str
+    scanner: str
+    series_uid: str
+    study_uid: str
+    instances: tuple[StoredInstance, ...]
+    planes: tuple[Plane, ...]
+    representative: Header
+    geometry: Geometry | Reason
+    volumes: int = 1
+    orientations: int = 1
+    expected: int | None = None
+    expected_from: str | None = None
+    better_twin: bool = False
+
+    def evidence(self, completeness: str) -> Evidence:
+        """What a result says about completeness."""
+        return Evidence(str(completeness), len(self.planes), self.expected, self.expected_from)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the geometry is closed and nothing that was announced is missing."""
+        return isinstance(self.geometry, Geometry) and (self.expected is None or len(self.planes) >= self.expected)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judge this stack."""
+
+    stack: Stack
+    final: bool
+    revision: int
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Refuse these instances: they make no stack at all."""
+
+    stack: Stack
+    reason: Reason
+    final: bool
+    revision: int
+    evidence: Evidence
+
+
+Action = Judge | Refuse
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+class State(StrEnum):
+    """Where a stack stands."""
+
+    OPEN = "open"
+    PROVISIONAL = "provisional"
+    FINAL = "final"
+
+
+class Event(StrEnum):
+    """What happens to a stack."""
+
+    NEW = "a new image"
+    DUPLICATE = "the same bytes again"
+    CONFLICT = "other bytes under a known UID"
+    COUNTED = Complete.COUNTED
+    RELEASED = Complete.RELEASED
+    QUIET = Complete.QUIET
+    SCORE_NOW = Complete.SCORE_NOW
+    MPPS = Complete.MPPS
+    QUIET_FINAL = Complete.QUIET_FINAL
+    TIMEOUT = Complete.TIMEOUT
+
+
+class Effect(StrEnum):
+    """What the table asks for."""
+
+    NOTHING = "nothing"
+    KEEP = "keep the image, wait on"
+    REVISE = "keep the image, open the next revision"
+    TELL = "judge, provisionally"
+    CONFIRM = "judge, finally"
+
+
+TABLE: dict[tuple[State, Event], tuple[Effect, State]] = {
+    (State.OPEN, Event.NEW): (Effect.KEEP, State.OPEN),
+    (State.OPEN, Event.DUPLICATE): (Effect.NOTHING, State.OPEN),
+    (State.OPEN, Event.CONFLICT): (Effect.KEEP, State.OPEN),
+    (State.OPEN, Event.COUNTED): (Effect.TELL, State.PROVISIONAL),
+    (State.OPEN, Event.RELEASED): (Effect.TELL, State.PROVISIONAL),
+    (State.OPEN, Event.QUIET): (Effect.TELL, State.PROVISIONAL),
+    (State.OPEN, Event.SCORE_NOW): (Effect.TELL, State.PROVISIONAL),
+    (State.OPEN, Event.MPPS): (Effect.CONFIRM, State.FINAL),
+    (State.OPEN, Event.QUIET_FINAL): (Effect.CONFIRM, State.FINAL),
+    (State.OPEN, Event.TIMEOUT): (Effect.CONFIRM, State.FINAL),
+    (State.PROVISIONAL, Event.NEW): (Effect.KEEP, State.OPEN),
+    (State.PROVISIONAL, Event.DUPLICATE): (Effect.NOTHING, State.PROVISIONAL),
+    (State.PROVISIONAL, Event.CONFLICT): (Effect.KEEP, State.OPEN),
+    (State.PROVISIONAL, Event.COUNTED): (Effect.NOTHING, State.PROVISIONAL),
+    (State.PROVISIONAL, Event.RELEASED): (Effect.NOTHING, State.PROVISIONAL),
+    (State.PROVISIONAL, Event.QUIET): (Effect.NOTHING, State.PROVISIONAL),
+    (State.PROVISIONAL, Event.SCORE_NOW): (Effect.NOTHING, State.PROVISIONAL),
+    (State.PROVISIONAL, Event.MPPS): (Effect.CONFIRM, State.FINAL),
+    (State.PROVISIONAL, Event.QUIET_FINAL): (Effect.CONFIRM, State.FINAL),
+    (State.PROVISIONAL, Event.TIMEOUT): (Effect.CONFIRM, State.FINAL),
+    (State.FINAL, Event.NEW): (Effect.REVISE, State.OPEN),
+    (State.FINAL, Event.DUPLICATE): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.CONFLICT): (Effect.REVISE, State.OPEN),
+    (State.FINAL, Event.COUNTED): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.RELEASED): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.QUIET): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.SCORE_NOW): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.MPPS): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.QUIET_FINAL): (Effect.NOTHING, State.FINAL),
+    (State.FINAL, Event.TIMEOUT): (Effect.NOTHING, State.FINAL),
+}
+"""(state, event) -> (effect, next state). MPPS has its place; no part of the daemon listens for it yet."""
+
+# --- What tells one stack from another --------------------------------------------------------------------------------
+
+ORIENTATION_TOLERANCE = 1e-3
+"""Direction cosines of one stack agree to this: 0.06 degrees, coarser than any rounding seen, finer than any replan."""
+
+SPACING_TOLERANCE = 1e-3
+"""Pixel spacings of one stack agree to 0.001 mm."""
+
+ECHO_TOLERANCE_MS = 0.05
+"""Echo times of one stack agree to this; the echoes of a multi-echo series lie 0.5 ms or more apart."""
+
+INVERSION_TOLERANCE_MS = 1.0
+B_VALUE_TOLERANCE = 0.5
+
+MAX_CLASSES = 64
+"""Orientations, echoes, b-values of one series that are told apart by tolerance; beyond it they are compared exactly, so
+that an instance costs the same in a radial or diffusion series of thousands."""
+
+ONE_UID_PER_SLICE = ("CANON", "TOSHIBA")
+"""Makers whose classic images carry a SeriesInstanceUID for each slice; their series is known by its number."""
+
+FORGET_S = 48 * 3600.0
+"""A stack is forgotten so long after its last image. The ledger still knows its results."""
+
+GAP_FACTOR = 3.0
+"""Adaptive quiet time: silence means something only when it is this many times the longest pause within the stack."""
+
+LATE_FACTOR = 1.5
+"""After an image that came later than the quiet time, the scanner's quiet time becomes this many times that pause."""
+
+CALM = 0.8
+"""How much of a scanner's learnt quiet time is left after each stack that ended without a late image."""
+
+Features = tuple[float | None, ...]
+
+_TOLERANCES = (
+    *([ORIENTATION_TOLERANCE] * 6),
+    *([SPACING_TOLERANCE] * 2),
+    ECHO_TOLERANCE_MS,
+    INVERSION_TOLERANCE_MS,
+    B_VALUE_TOLERANCE,
+)
+_ROUND = (3, 3, 3, 3, 3, 3, 3, 3, 1, 0, 0)
+
+
+def _features(frame: Frame) -> Features:
+    """The numbers in which the planes of a stack agree, each to its tolerance."""
+    orientation = frame.orientation or (None,) * 6
+    spacing = frame.pixel_spacing_mm or (None,) * 2
+    return (*orientation, *spacing, frame.echo_time_ms, frame.inversion_time_ms, frame.b_value)
+
+
+def _agree(a: Features, b: Features) -> bool:
+    return all(
+        x is y or (x is not None and y is not None and abs(x - y) <= tolerance)
+        for x, y, tolerance in zip(a, b, _TOLERANCES, strict=True)
+    )
+
+
+Group = tuple[str, ...]
+
+
+def _group(scanner: str, header: Header) -> Group:
+    """What a scanner calls a series; Canon's is known by its number."""
+    maker = str(header.attributes.get("Manufacturer", "")).upper()
+    by_number = maker.startswith(ONE_UID_PER_SLICE) and header.series_number is not None and header.study_uid
+    name = f"number {header.series_number}" if by_number else header.series_uid
+    return (scanner, header.study_uid, name)
+
+
+def _kind(header: Header, frame: Frame) -> tuple[object, ...]:
+    """The words and whole numbers in which the planes of a stack agree."""
+    return (
+        header.sop_class_uid in MULTI_FRAME,
+        header.sop_class_uid if header.sop_class_uid not in SUPPORTED else "",
+        header.frame_of_reference_uid,
+        header.rows,
+        header.columns,
+        header.samples_per_pixel,
+        header.photometric,
+        frame.image_type,
+        frame.component,
+        frame.echo_number,
+        frame.coil,
+    )
+
+
+# --- The state of one stack -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Held:
+    """One plane held."""
+
+    stored: StoredInstance
+    frame: int
+    facts: Frame
+
+
+@dataclass(slots=True)
+class _Count:
+    """How many images a header announces for an acquisition, and how many of them have come."""
+
+    expected: int
+    uids: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A stack being assembled."""
+
+    key: str
+    group: Group
+    series_uid: str
+    study_uid: str
+    scanner: str
+    features: Features
+    header: Header
+    refusal: Reason | None
+    opened_at: float
+    last_at: float
+    held: dict[tuple[str, int], _Held] = field(default_factory=dict)
+    frames_announced: dict[str, int] = field(default_factory=dict)
+    state: State = State.OPEN
+    revision: int = 1
+    longest_gap_s: float = 0.0
+    feeding: set[int] = field(default_factory=set)
+    clean: bool = False
+    ended_at: float = 0.0
+    count: _Count | None = None
+    tried: set[Event] = field(default_factory=set)
+    told: frozenset[str] | None = None
+    told_final: bool = False
+    scheduled: float | None = None
+    names: list[tuple[object, ...]] = field(default_factory=list)
+
+
+class Assembly:
+    """All stacks of all scanners."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start empty.
+
+        Args:
+            settings: for the completeness times and the scanners' own quiet times.
+        """
+        self._settings = settings
+        self._stacks: dict[str, _Open] = {}
+        self._classes: dict[tuple[object, ...], list[_Open]] = {}
+        self._exact: dict[tuple[object, ...], _Open] = {}
+        self._groups: dict[Group, list[_Open]] = {}
+        self._of_instance: dict[tuple[Group, str], tuple[str, list[_Open]]] = {}
+        self._counts: dict[tuple[object, ...], _Count] = {}
+        self._fed: dict[int, dict[str, _Open]] = {}
+        self._learnt_s: dict[str, float] = {}
+        self._heap: list[tuple[float, int, str]] = []
+        self._numbers = itertools.count()
+        self.conflicts = 0
+        self.duplicates = 0
+
+    @property
+    def _times(self) -> CompletenessSettings:
+        return self._settings.completeness
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def on_instance(self, stored: StoredInstance, header: Header | Refusal, now: float) -> list[Action]:
+        """Take an image.
+
+        Args:
+            stored: where its bytes lie.
+            header: its facts, or why there are none.
+            now: seconds since 1970, at least that of the last call.
+
+        Returns:
+            Actions that follow at once (none today: all evidence waits for a moment).
+        """
+        if isinstance(header, Refusal):
+            self._take_unreadable(stored, header.reason, now)
+            return []
+        group = _group(stored.scanner, header)
+        known = self._of_instance.get((group, header.sop_instance_uid))
+        if known is not None and known[0] == stored.sha256:
+            self.duplicates += 1
+            self._feed(stored, known[1])
+            return []
+        event = Event.NEW
+        if known is not None:
+            event = Event.CONFLICT
+            self.conflicts += 1
+            self._drop(header.sop_instance_uid, known[1], now)
+        touched = self._place(stored, header, group, now)
+        self._of_instance[group, header.sop_instance_uid] = (stored.sha256, touched)
+        self._count(header, group, touched)
+        for stack in touched:
+            self._arrive(stack, event, now)
+        self._feed(stored, touched)
+        return []
+
+    def on_association_ended(self, ended: AssociationEnded, now: float) -> list[Action]:
+        """An association is over: a clean release is evidence for the stacks it fed, anything else is not."""
+        for stack in self._fed.pop(ended.association, {}).values():
+            stack.feeding.discard(ended.association)
+            stack.clean, stack.ended_at = ended.released, now
+            stack.tried.discard(Event.RELEASED)
+            self._schedule(stack)
+        return []
+
+    def on_time(self, now: float) -> list[Action]:
+        """Let time pass: act on every stack whose evidence has become sufficient."""
+        actions: list[Action] = []
+        while self._heap and self._heap[0][0] <= now:
+            _, _, key = heapq.heappop(self._heap)
+            stack = self._stacks.get(key)
+            if stack is None:
+                continue
+            stack.scheduled = None
+            actions += self._act_if_due(stack, now)
+        return actions
+
+    def on_score_now(self, name: str, now: float) -> list[Action]:  # noqa: ARG002  (all events tell the time)
+        """A person waits for the verdict.
+
+        Args:
+            name: key of a stack, or a SeriesInstanceUID for all its stacks.
+            now: seconds since 1970.
+        """
+        actions: list[Action] = []
+        for stack in list(self._stacks.values()):
+            if name in (stack.key, stack.series_uid):
+                actions += self._happen(stack, Event.SCORE_NOW)
+        return actions
+
+    def next_deadline(self) -> float | None:
+        """When `on_time` has something to look at, None if never."""
+        return self._heap[0][0] if self._heap else None
+
+    def open_stacks(self) -> list[tuple[str, str, str, State, int]]:
+        """Key, SeriesInstanceUID, scanner, state and number of images of every stack that is not final."""
+        return [
+            (s.key, s.series_uid, s.scanner, s.state, len(s.held))
+            for s in self._stacks.values()
+            if s.state is not State.FINAL
+        ]
+
+    def all_stacks(self) -> list[Stack]:
+        """Every stack as it stands, in the order in which they opened."""
+        return [self._build(stack) for stack in self._stacks.values()]
+
+    # --- placing images ---------------------------------------------------------------------------------------------
+
+    def _place(self, stored: StoredInstance, header: Header, group: Group, now: float) -> list[_Open]:
+        """Put each frame of an instance into its stack."""
+        touched: dict[str, _Open] = {}
+        announced = header.number_of_frames if header.sop_class_uid in MULTI_FRAME else 1
+        for number, frame in enumerate(header.frames or (Frame(),)):
+            stack = self._stack_of(stored, header, frame, group, now)
+            stack.held[header.sop_instance_uid, number] = _Held(stored, number, frame)
+            if announced > max(len(header.frames), 1):
+                stack.frames_announced[header.sop_instance_uid] = announced - len(header.frames)
+            touched[stack.key] = stack
+        return list(touched.values())
+
+    def _stack_of(self, stored: StoredInstance, header: Header, frame: Frame, group: Group, now: float) -> _Open:
+        kind = (group, _kind(header, frame))
+        features = _features(frame)
+        found = self._exact.get((kind, features))
+        if found is not None:
+            return found
+        classes = self._classes.setdefault(kind, [])
+        found = next((stack for stack in classes[:MAX_CLASSES] if _agree(stack.features, features)), None)
+        if found is None:
+            found = self._open(stored, header, frame, (group, kind, features), now)
+            classes.append(found)
+        self._exact[kind, features] = found
+        found.names.append((kind, features))
+        return found
+
+    def _open(
+        self, stored: StoredInstance, header: Header, frame: Frame, identity: tuple[object, ...], now: float
+    ) -> _Open:
+        group = _group(stored.scanner, header)
+        rounded = [None if x is None else round(x, n) + 0.0 for x, n in zip(_features(frame), _ROUND, strict=True)]
+        text = repr((identity[1], rounded))
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        while key in self._stacks:
+            key = hashlib.sha256(key.encode()).hexdigest()[:32]
+        stack = _Open(
+            key=key,
+            group=group,
+            series_uid=header.series_uid,
+            study_uid=header.study_uid,
+            scanner=stored.scanner,
+            features=_features(frame),
+            header=dataclasses.replace(header, frames=(frame,)),
+            refusal=_not_an_image(header),
+            opened_at=now,
+            last_at=now,
+        )
+        self._stacks[key] = stack
+        self._groups.setdefault(group, []).append(stack)
+        return stack
+
+    def _take_unreadable(self, stored: StoredInstance, reason: Reason, now: float) -> None:
+        """Instances without a readable header, kept together by their association."""
+        header = Header(series_uid=f"unreadable {stored.association}", sop_instance_uid=stored.sop_instance_uid)
+        group = (stored.scanner, "", header.series_uid)
+        if (group, header.sop_instance_uid) in self._of_instance:
+            self.duplicates += 1
+            return
+        stack = self._stack_of(stored, header, Frame(), group, now)
+        stack.refusal = reason
+        stack.held[stored.sop_instance_uid, 0] = _Held(stored, 0, Frame())
+        self._of_instance[group, stored.sop_instance_uid] = (stored.sha256, [stack])
+        self._arrive(stack, Event.NEW, now)
+        self._feed(stored, [stack])
+
+    def _drop(self, sop_instance_uid: str, stacks: Iterable[_Open], now: float) -> None:
+        """Take the planes of a replaced instance out of its stacks; where none is left, forget the stack."""
+        for stack in stacks:
+            for name in [name for name in stack.held if name[0] == sop_instance_uid]:
+                del stack.held[name]
+            stack.frames_announced.pop(sop_instance_uid, None)
+            if stack.held:
+                self._arrive(stack, Event.CONFLICT, now)
+            else:
+                self._forget(stack)
+
+    def _count(self, header: Header, group: Group, touched: list[_Open]) -> None:
+        """Count images against what the header announces for the acquisition."""
+        if header.expected_images is None or header.sop_class_uid in MULTI_FRAME:
+            return
+        name = (group, header.acquisition_number, header.expected_images)
+        count = self._counts.setdefault(name, _Count(header.expected_images))
+        count.uids.add(header.sop_instance_uid)
+        for stack in touched:
+            stack.count = count
+
+    def _feed(self, stored: StoredInstance, stacks: Iterable[_Open]) -> None:
+        """Remember which association feeds which stacks."""
+        fed = self._fed.setdefault(stored.association, {})
+        for stack in stacks:
+            fed[stack.key] = stack
+            stack.feeding.add(stored.association)
+
+    def _arrive(self, stack: _Open, event: Event, now: float) -> None:
+        """An image of the stack came at this time."""
+        effect, state = TABLE[stack.state, event]
+        gap = now - stack.last_at
+        if effect is Effect.REVISE:
+            stack.opened_at = now
+        elif gap <= self._times.quiet_final_s:
+            stack.longest_gap_s = max(stack.longest_gap_s, gap)
+        if stack.state is not State.OPEN and gap < self._times.max_open_s:
+            learnt = min(LATE_FACTOR * gap, self._times.quiet_final_s)
+            self._learnt_s[stack.scanner] = max(learnt, self._learnt_s.get(stack.scanner, 0.0))
+        stack.state, stack.last_at = state, now
+        stack.tried.clear()
+        self._schedule(stack)
+
+    # --- evidence -----------------------------------------------------------------------------------------------------
+
+    def _act_if_due(self, stack: _Open, now: float) -> list[Action]:
+        """Try the evidence that is due, and set the next time to look."""
+        actions: list[Action] = []
+        while stack.key in self._stacks:
+            due, event = self._next(stack)
+            if due > now:
+                break
+            if event is None:
+                self._forget(stack)
+                break
+            stack.tried.add(event)
+            actions += self._happen(stack, event)
+        if stack.key in self._stacks:
+            self._schedule(stack)
+        return actions
+
+    def _happen(self, stack: _Open, event: Event) -> list[Action]:
+        """Look the event up in the table and do what it says."""
+        effect, state = TABLE[stack.state, event]
+        if effect not in (Effect.TELL, Effect.CONFIRM):
+            return []
+        built = self._build(stack)
+        if event in _NEEDS and not _NEEDS[event](built):
+            return []
+        stack.state = state
+        final = effect is Effect.CONFIRM
+        if final and self._learnt_s.get(stack.scanner):
+            self._learnt_s[stack.scanner] *= CALM
+        return self._tell(stack, built, final, Complete(event.value))
+
+    def _tell(self, stack: _Open, built: Stack, final: bool, why: Complete) -> list[Action]:
+        """Say it, unless the very same was said before; other images than in a final verdict are the next revision."""
+        content = frozenset(stored.sha256 for stored in built.instances)
+        if content == stack.told and (stack.told_final or not final):
+            return []
+        if stack.told_final:
+            stack.revision += 1
+        stack.told, stack.told_final = content, final
+        evidence = built.evidence(why)
+        if stack.refusal is not None:
+            return [Refuse(built, stack.refusal, final, stack.revision, evidence)]
+        return [Judge(built, final, stack.revision, evidence)]
+
+    def _next(self, stack: _Open) -> tuple[float, Event | None]:
+        """When which evidence becomes sufficient, if nothing comes before; None: when to forget the stack."""
+        if stack.state is State.FINAL:
+            return stack.last_at + FORGET_S, None
+        times = self._times
+        quiet = self.quiet_s(stack.scanner, stack.longest_gap_s)
+        due = {Event.QUIET_FINAL: stack.last_at + max(times.quiet_final_s, quiet)}
+        due[Event.TIMEOUT] = stack.opened_at + times.max_open_s
+        if stack.state is State.OPEN:
+            due[Event.QUIET] = stack.last_at + quiet
+            pause = GAP_FACTOR * stack.longest_gap_s
+            if self._is_counted(stack):
+                due[Event.COUNTED] = stack.last_at + times.counted_s
+            if stack.clean and not stack.feeding:
+                due[Event.RELEASED] = max(stack.last_at + max(times.released_s, pause), stack.ended_at)
+        event = min((e for e in due if e not in stack.tried), key=lambda e: due[e], default=None)
+        return (stack.last_at + FORGET_S, None) if event is None else (due[event], event)
+
+    def quiet_s(self, scanner: str, longest_gap_s: float = 0.0) -> float:
+        """Silence that makes a stack provisional: configured, or longer where the sender pauses or came late before."""
+        configured = self._settings.scanner(scanner)
+        base = configured.quiet_provisional_s if configured else None
+        base = self._times.quiet_provisional_s if base is None else base
+        longest = max(base, GAP_FACTOR * longest_gap_s, self._learnt_s.get(scanner, 0.0))
+        return min(longest, max(base, self._times.quiet_final_s))
+
+    def _is_counted(self, stack: _Open) -> bool:
+        """Whether as many images have come as announced; the geometry is looked at when the time comes."""
+        header = stack.header
+        if header.sop_class_uid in MULTI_FRAME:
+            return not stack.frames_announced
+        if stack.count is not None:
+            return len(stack.count.uids) >= stack.count.expected
+        return header.expected_slices is not None and len(stack.held) >= header.expected_slices
+
+    def _schedule(self, stack: _Open) -> None:
+        """See that the heap looks at the stack no later than its next deadline; looking too early does no harm."""
+        due, _ = self._next(stack)
+        if stack.scheduled is None or due < stack.scheduled:
+            stack.scheduled = due
+            heapq.heappush(self._heap, (due, next(self._numbers), stack.key))
+
+    # --- building -----------------------------------------------------------------------------------------------------
+
+    def _build(self, stack: _Open) -> Stack:
+        """The stack as it stands: one volume, ordered by position."""
+        held = list(stack.held.values())
+        chosen, volumes = first_volume([h.facts for h in held])
+        held = [held[i] for i in chosen]
+        geometry = stack.refusal or measure([h.facts for h in held], _nominal_mm(stack.header))
+        if isinstance(geometry, Geometry):
+            held = [held[i] for i in geometry.order]
+            geometry = dataclasses.replace(geometry, order=tuple(range(len(held))))
+        instances: dict[str, int] = {}
+        stored: list[StoredInstance] = []
+        planes = []
+        for h in held:
+            if h.stored.sha256 not in instances:
+                instances[h.stored.sha256] = len(stored)
+                stored.append(h.stored)
+            planes.append(Plane(instances[h.stored.sha256], h.frame, h.facts))
+        expected, source = self._expected(stack, len(held), volumes)
+        return Stack(
+            key=stack.key,
+            scanner=stack.scanner,
+            series_uid=stack.series_uid,
+            study_uid=stack.study_uid,
+            instances=tuple(stored),
+            planes=tuple(planes),
+            representative=stack.header,
+            geometry=geometry,
+            volumes=volumes,
+            orientations=len({s.features[:6] for s in self._groups[stack.group]}),
+            expected=expected,
+            expected_from=source,
+        )
+
+    def _expected(self, stack: _Open, planes: int, volumes: int) -> tuple[int | None, str | None]:
+        """How many planes this volume should have, and who says so."""
+        header = stack.header
+        if header.sop_class_uid in MULTI_FRAME:
+            return planes + sum(stack.frames_announced.values()), "NumberOfFrames"
+        if header.expected_slices is not None:
+            return header.expected_slices, "NumberOfSlicesMR"
+        if stack.count is None or volumes > 1:
+            return None, None
+        return planes + max(stack.count.expected - len(stack.count.uids), 0), "ImagesInAcquisition"
+
+    def _forget(self, stack: _Open) -> None:
+        """Drop all traces of a stack."""
+        del self._stacks[stack.key]
+        kind = (stack.group, _kind(stack.header, stack.header.frames[0]))
+        classes = self._classes.get(kind, [])
+        if stack in classes:
+            classes.remove(stack)
+        for name in stack.names:
+            self._exact.pop(name, None)
+        group = self._groups[stack.group]
+        group.remove(stack)
+        for sop_instance_uid, _ in stack.held:
+            self._of_instance.pop((stack.group, sop_instance_uid), None)
+        if not group:
+            del self._groups[stack.group]
+            for name in [name for name in self._counts if name[0] == stack.group]:
+                del self._counts[name]
+        for association in stack.feeding:
+            self._fed.get(association, {}).pop(stack.key, None)
+
+
+def _is_regular(stack: Stack) -> bool:
+    return isinstance(stack.geometry, Geometry)
+
+
+_NEEDS: dict[Event, Callable[[Stack], bool]] = {
+    Event.COUNTED: lambda stack: stack.is_whole,
+    Event.RELEASED: _is_regular,
+}
+"""What a stack must be for this evidence to count; the others count as they are."""
+
+
+def _nominal_mm(header: Header) -> float | None:
+    """Distance between slices that the header announces; for 3D without it, the slice thickness."""
+    spacing = header.attributes.get("SpacingBetweenSlices")
+    if isinstance(spacing, float) and spacing > 0:
+        return spacing
+    if header.acquisition_type == "3D" and header.frames:
+        return header.frames[0].thickness_mm
+    return None
+
+
+def _not_an_image(header: Header) -> Reason | None:
+    """Why these instances can make no volume, whatever the rules say."""
+    if header.sop_class_uid not in SUPPORTED:
+        return Reason("unsupported_sop", REASONS["unsupported_sop"])
+    return None
+
+
+def stacks_of(instances: Iterable[tuple[StoredInstance, Header | Refusal]]) -> list[Stack]:
+    """The stacks in a set of instances of which nothing more will come, in the order of arrival."""
+    assembly = Assembly(Settings())
+    for stored, header in instances:
+        assembly.on_instance(stored, header, 0.0)
+    return assembly.all_stacks()
