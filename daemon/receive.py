@@ -60,7 +60,7 @@ GRACE_S = 5.0
 REPORT_S = 0.05
 """Longest wait of a report to the main process."""
 
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")  # leading zeros are forgiven, as many senders write them
 _SPARE_CONNECTIONS = 16
 _SEAL_EVERY_S = 60.0
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
@@ -102,7 +102,9 @@ STATUSES = {
         0xA900, "a900", "The data set is missing, or its SOP Class or Instance UID is missing or not the command's."
     ),
     "unreadable": Status(0xC000, "c000", "The data set cannot be read as far as its SOP Instance UID."),
-    "bad_uid": Status(0x0117, "0117", "Invalid SOP instance: a UID that is not 1 to 64 digits and dots."),
+    "bad_uid": Status(
+        0x0117, "0117", "Invalid SOP instance: a UID that is not numbers with dots between, up to 64 characters."
+    ),
     "wrong_class": Status(
         0x0122, "0122", "SOP class not supported: the command's class is not the presentation context's."
     ),
@@ -127,7 +129,7 @@ def check_request(request: StoreRequest) -> None:
     """
     for tag, value in ((0x00000002, request.sop_class_uid), (0x00001000, request.sop_instance_uid)):
         if not _UID.fullmatch(value):
-            raise Refused("bad_uid", "a UID is 1 to 64 digits and dots", (tag,))
+            raise Refused("bad_uid", "a UID is up to 64 characters: numbers with dots between", (tag,))
     if request.sop_class_uid != request.abstract_syntax_uid:
         raise Refused("wrong_class", "the SOP class is not the one of the presentation context", (0x00000002,))
     if request.size_bytes == 0:
