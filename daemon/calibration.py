@@ -190,7 +190,7 @@ def _fit(level: str, items: Sequence[HistoryItem], rate: float, confidence: floa
 
 
 def read_history(path: Path) -> tuple[str, list[HistoryItem]]:
-    """Read a history: JSON lines of result objects, of clean scans judged by one model.
+    """Read a history: JSON lines of result objects, of clean scans judged by one model; or the CSV of `rescan history --to`.
 
     A line may carry `dice` (known Dice against a reference). Results that are not final, carry no risk or were refused are left out.
 
@@ -200,6 +200,12 @@ def read_history(path: Path) -> tuple[str, list[HistoryItem]]:
     Raises:
         CalibrationError: unreadable, not JSON lines, nothing usable, or results of several models.
     """
+    if path.is_dir() or path.suffix == ".csv":
+        from daemon.site_calibrate import read_table
+
+        selection = read_table(path)
+        print(selection.text, file=sys.stderr)
+        return selection.model_sha256, selection.items
     items: list[HistoryItem] = []
     models: set[str] = set()
     try:
@@ -241,7 +247,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "history",
         type=Path,
-        help="JSON lines of results of clean scans, each optionally with its known `dice`",
+        help="the folder or verdicts.csv of `rescan history --to`, or JSON lines of results of clean scans alone, each optionally with its known `dice`",
     )
     parser.add_argument(
         "--state",
