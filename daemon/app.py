@@ -362,7 +362,11 @@ class App:
         self.flow.served = None
         self.model_reason = "the scorer is starting again"
         self.metrics.count("inference_errors_total", reason="scorer_crashed")
-        self._judge(self.flow.scorer_died(self.now()))
+        set_aside = list(self.flow.scorer_died(self.now()))
+        for verdict in set_aside:
+            self.metrics.count("series_quarantined_total")
+            self.log.write(Event.QUARANTINED, level="error", series_ref=verdict.identity.series_ref)
+        self._judge(set_aside)
 
     def _restart_the_dead(self) -> None:
         for child in self.children.values():

@@ -280,9 +280,10 @@ class Flow:
     # --- actions ------------------------------------------------------------------------------------------------------
 
     def _act(self, actions: list[Action], now: float) -> Iterator[Verdicts]:
-        for action in actions:
+        """Act on the newest word about each stack; in a replay, only once all has been read."""
+        for key, action in {action.stack.key: action for action in actions}.items():
             if self.replaying:
-                self._held_back[action.stack.key] = action
+                self._held_back[key] = action
             else:
                 yield from self._act_on(action, now)
 

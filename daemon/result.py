@@ -182,7 +182,7 @@ def build_result(
     }
     if said.required_dice is not None:
         body["required_dice"] = said.required_dice
-    return {**(extra or {}), **body}
+    return body | {name: value for name, value in (extra or {}).items() if name not in body}
 
 
 def _told(reasons: Sequence[Reason]) -> list[dict[str, str]]:
