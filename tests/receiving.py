@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import subprocess
@@ -152,6 +153,12 @@ class ReceiverProcess:
 
     def stop(self) -> int:
         self.control.send({"kind": "stop"})
+        return self._finish(self.process.wait(30))
+
+    def leave(self) -> int:
+        """Close the control socket as a main process that dies does."""
+        with socket.socket(fileno=os.dup(self.control.fileno())) as control:
+            control.shutdown(socket.SHUT_RDWR)
         return self._finish(self.process.wait(30))
 
     def kill(self) -> int:
