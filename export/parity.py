@@ -109,11 +109,11 @@ def prepared_cases(model: ModelFile, paths: Iterable[Path]) -> Iterator[tuple[st
         from daemon.volume import volumes_from_path
 
         found = 0
-        for _, volume, _ in volumes_from_path(path):
-            if isinstance(volume, Refusal):
+        for _, source, _ in volumes_from_path(path):
+            if isinstance(source, Refusal):
                 continue
             try:
-                yield f"{path.name}", prepare(volume)
+                yield f"{path.name}", prepare(source)
                 found += 1
             except Refusal as refusal:
                 print(f"{path}: {refusal.reason.text}", file=sys.stderr)

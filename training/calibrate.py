@@ -63,7 +63,7 @@ COMBINATION_GAIN = 0.05
 GATE_MARGIN = 0.3
 """A gate lies this share of the heads' own range beyond the outermost head of the calibration."""
 
-MAX_GATES = 6
+MAX_GATES_PER_CODE = 4
 LOGIT_EDGES = np.linspace(-12.0, 12.0, 97)
 
 
@@ -461,41 +461,47 @@ def fit_volume_width(bound: Sequence[Sample], partial: _Partial) -> Knots:
 def fit_gates(samples: Sequence[Sample]) -> tuple[Gate, ...]:
     """Half-spaces of the gate features that no head of the calibration leaves, however bad, and most other images do.
 
-    Greedy: of all half-spaces (one feature, or a logistic regression over all) the one that refuses most of the images not
-    yet refused, each `GATE_MARGIN` beyond the outermost head.
+    For each refusal code, greedy: of all half-spaces (one feature, or a logistic regression over all) the one that refuses most
+    of the code's images not yet refused, each `GATE_MARGIN` beyond the outermost head.
     """
     heads, others = [s for s in samples if s.refusal is None], [s for s in samples if s.refusal is not None]
     if not others:
         return ()
     names = sorted(others[0].gates)
-    inside = np.array([[s.gates[n] for n in names] for s in heads])
-    outside = np.array([[s.gates[n] for n in names] for s in others])
-    left = np.ones(len(others), dtype=bool)
+    inside = _features(heads, names)
     gates: list[Gate] = []
-    while left.any() and len(gates) < MAX_GATES:
-        directions = [*_axes(len(names)), *_separating(inside, outside[left])]
-        best = max(directions, key=lambda w: int(_refused(w, inside, outside[left]).sum()))
-        refused = np.zeros(len(others), dtype=bool)
-        refused[np.flatnonzero(left)[_refused(best, inside, outside[left])]] = True
-        if not refused.any():
-            break
-        codes = [str(others[i].refusal) for i in np.flatnonzero(refused)]
-        weights = {n: float(w) for n, w in zip(names, best, strict=True) if w != 0.0}
-        gates.append(Gate(max(sorted(set(codes)), key=codes.count), weights, _limit(best, inside)))
-        left &= ~refused
+    for code in sorted({str(s.refusal) for s in others}):
+        left = _features([s for s in others if s.refusal == code], names)
+        for _ in range(MAX_GATES_PER_CODE):
+            if not len(left):
+                break
+            best = max(
+                [*_axes(len(names)), _separating(inside, left)], key=lambda w: int(_refused(w, inside, left).sum())
+            )
+            refused = _refused(best, inside, left)
+            if not refused.any():
+                break
+            weights = {n: float(w) for n, w in zip(names, best, strict=True) if w != 0.0}
+            gates.append(Gate(code, weights, _limit(best, inside)))
+            left = left[~refused]
     return tuple(gates)
+
+
+def _features(samples: Sequence[Sample], names: Sequence[str]) -> NDArray[np.float64]:
+    return np.array([[s.gates[n] for n in names] for s in samples], dtype=np.float64).reshape(len(samples), len(names))
 
 
 def _axes(n: int) -> list[NDArray[np.float64]]:
     return [sign * row for row in np.eye(n) for sign in (1.0, -1.0)]
 
 
-def _separating(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+def _separating(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> NDArray[np.float64]:
     mean, spread = inside.mean(axis=0), np.maximum(inside.std(axis=0), 1e-9)
     x = np.concatenate([inside, outside])
     y = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
     model = LogisticRegression(max_iter=2000, C=0.1, class_weight="balanced").fit((x - mean) / spread, y)
-    return [np.asarray(model.coef_[0] / spread)]
+    direction: NDArray[np.float64] = np.asarray(model.coef_[0] / spread, dtype=np.float64)
+    return direction
 
 
 def _limit(weights: NDArray[np.float64], inside: NDArray[np.float64]) -> float:
