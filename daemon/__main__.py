@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -14,7 +15,7 @@ from daemon import NOTICE, __version__
 from daemon.config import ConfigError
 
 COMMANDS = {
-    "serve": ("daemon.app", "receive series, judge them, publish verdicts"),
+    "serve": ("daemon.serve_command", "receive series, judge them, publish verdicts"),
     "score": ("daemon.score_command", "judge a DICOM folder or file, or a NIfTI file"),
     "watch": ("daemon.watch", "live table of verdicts and alerts"),
     "send": ("daemon.send", "push a DICOM folder as a scanner would"),
@@ -86,10 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = next((word for word in given if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        known = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        return _complain(command, f"no such command; {known}", MISUSE)
     try:
         parser = make_parser(command)
     except ImportError as error:
-        return _complain(command, f"needs the package {error.name!r}, which is not installed; see the extras in the README")
+        return _complain(
+            command, f"needs the package {error.name!r}, which is not installed; see the extras in the README"
+        )
     parsed = parser.parse_args(given)
     try:
         return int(parsed.func(parsed) or DONE)

@@ -10,7 +10,6 @@ the ledger after, so each of them, and this one, may die at any moment. One thre
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -31,7 +30,6 @@ from daemon.alert import Effect
 from daemon.calibration import FILE_NAME, CalibrationError, SiteCalibration, in_force, load_site
 from daemon.child import Child
 from daemon.config import UNKNOWN_SCANNER, ConfigError, Settings, load, needs_restart
-from daemon.flags import add_settings_flags, flags_from, settings_from
 from daemon.flow import Flow, Served, Verdicts
 from daemon.ledger import AlertChange, Ledger
 from daemon.log import Event, Log, quiet_libraries
@@ -78,6 +76,8 @@ STAGES = {"volume": "assemble", "prepare": "preprocess", "infer": "infer", "scor
 
 STOP_LIMIT_S = {"receiver": 15.0, "scorer": 2.0, "reader": 2.0}
 """What each child may take to finish: the receiver lets associations end; what the others hold is durable in the spool."""
+
+JUDGED_FILE = "judged.json"
 
 FORCED = 130
 """Exit status after a second signal."""
@@ -491,7 +491,7 @@ class App:
             "replay": self.publisher.replay_port,
             "http": self.web.port,
         }
-        write_ports(self.settings.state / "ports.json", ports)
+        write_json(self.settings.state / "ports.json", ports)
         if not self._said_started:
             self._said_started = True
             self.log.write(Event.STARTED, version=__version__, **ports)
@@ -526,7 +526,9 @@ class App:
     def _retire(self) -> None:
         """Remove what is judged and older than the retention time."""
         keep_s = self.settings.spool.retention_s
-        removed = remove_segments(spool_folder(self.settings), self.flow.judged_before(self.now()), keep_s)
+        judged = self.flow.judged_before(self.now())
+        write_json(self.settings.state / JUDGED_FILE, {"before_position": judged})
+        removed = remove_segments(spool_folder(self.settings), judged, keep_s)
         remove_older(pictures_folder(self.settings), time.time() - keep_s)
         if removed:
             self.log.write(Event.RETENTION, count=removed)
@@ -645,11 +647,19 @@ def _with_port(settings: Settings, port: int) -> Settings:
     return dataclasses.replace(settings, dicom=dataclasses.replace(settings.dicom, port=port))
 
 
-def write_ports(path: Path, ports: dict[str, int]) -> None:
-    """Write STATE/ports.json, whole or not at all."""
+def write_json(path: Path, values: Mapping[str, int]) -> None:
+    """Write a small file, whole or not at all."""
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(ports) + "\n", encoding="utf-8")
+    fresh.write_text(json.dumps(values) + "\n", encoding="utf-8")
     fresh.replace(path)
+
+
+def read_judged(state: Path) -> int:
+    """Spool position before which everything was judged when the daemon last looked; 0 where it never did."""
+    try:
+        return int(json.loads((state / JUDGED_FILE).read_text(encoding="utf-8"))["before_position"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def resident_bytes(pid: int) -> float:
@@ -671,26 +681,14 @@ def _outcome(result: dict[str, Any]) -> str:
     return "incomplete" if code in {"incomplete", "missing_slices", "partial_coverage"} else "skipped"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """`rescan serve`."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="receive series, judge them, publish verdicts",
-        description="Receive series by DICOM C-STORE, judge them, and publish verdicts, alerts, metrics and a page.",
-        epilog="examples:\n"
-        "  rescan serve                                        on loopback, for trying it out\n"
-        "  rescan serve --config /etc/rescan.toml              at a scanner; the file lists who may send\n"
-        "  rescan serve --dicom 127.0.0.1:0 --http 127.0.0.1:0 ports picked by the system, told in STATE/ports.json",
-    )
-    add_settings_flags(parser)
-    parser.set_defaults(func=serve)
+def run(settings: Settings, file: Path | None = None, flags: Mapping[str, Any] | None = None) -> int:
+    """Be the daemon until a signal.
 
-
-def serve(args: argparse.Namespace) -> int:
-    """Run the daemon until a signal."""
-    effective = settings_from(args)
-    quiet_libraries(Log(effective.settings.log.format), "main")
+    Raises:
+        ConfigError: it cannot start; one line.
+    """
+    quiet_libraries(Log(settings.log.format), "main")
     try:
-        return App(effective.settings, args.config, flags_from(args)).run()
+        return App(settings, file, flags).run()
     except (CalibrationError, RuleError, SpoolError) as error:
         raise ConfigError(str(error)) from None
