@@ -41,6 +41,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from daemon.elements import PIXEL_DATA, PREAMBLE_BYTES, UNDEFINED, NotUnderstood, pick, split_file
 from daemon.header import PARSE_FAILURES
 from daemon.reasons import REASONS
 from daemon.words import Refusal
@@ -74,8 +75,6 @@ MAX_SIDE = 4096
 MAX_INSTANCE_BYTES = 2 << 30
 """Decoded pixels of one instance."""
 
-PREAMBLE_BYTES = 128
-
 DECODE_FAILURES = (*PARSE_FAILURES, RuntimeError, AssertionError)
 """What pydicom and the decoders behind it raise on damaged pixels."""
 
@@ -100,6 +99,7 @@ _TAGS: list[BaseTag | int] = [
         "ExtendedOffsetTableLengths",
     )
 ]
+_WANTED = frozenset(int(tag) for tag in _TAGS)
 
 
 @dataclass(frozen=True)
@@ -140,29 +140,47 @@ def decode(data: bytes, transfer_syntax_uid: str) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ds, syntax = parse(data, transfer_syntax_uid)
+            ds, syntax, plain = parse(data, transfer_syntax_uid)
             if syntax not in TRANSFER_SYNTAXES:
                 raise Refusal("unsupported_encoding", f"The transfer syntax {syntax[:64]} is not read.")
-            frames = _check_size(ds, syntax)
-            stored = _decoded(ds, syntax, frames)
+            frames = _check_size(ds, syntax, plain)
+            stored = _decoded(ds, syntax, frames, plain)
             return Pixels(stored, *_rescale(ds, frames))
     except DECODE_FAILURES:
         raise Refusal("bad_pixels", REASONS["bad_pixels"]) from None
 
 
-def parse(data: bytes, transfer_syntax_uid: str) -> tuple[Dataset, str]:
-    """The attributes that describe the pixels, and the pixels, from a data set or a file."""
-    if data[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == b"DICM":
+def parse(data: bytes, transfer_syntax_uid: str) -> tuple[Dataset, str, memoryview | None]:
+    """The attributes that describe the pixels, and the pixels, from a data set or a file.
+
+    Returns:
+        The attributes, the transfer syntax, and the bytes of uncompressed pixels where they could be found without
+        parsing; else None, and the pixels are among the attributes.
+    """
+    start, is_file = 0, data[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] == b"DICM"
+    try:
+        if is_file:
+            transfer_syntax_uid, start = split_file(data)
+        kept, at, length = pick(data, start, transfer_syntax_uid, _WANTED, PIXEL_DATA - 1)
+        if transfer_syntax_uid in _UNCOMPRESSED and at and length != UNDEFINED:
+            return _read(kept, transfer_syntax_uid), transfer_syntax_uid, memoryview(data)[at : at + length]
+    except NotUnderstood:
+        pass
+    if is_file:
         ds: Dataset = dcmread(io.BytesIO(data), specific_tags=_TAGS)
-        return ds, str(ds.file_meta.get("TransferSyntaxUID", transfer_syntax_uid))
+        return ds, str(ds.file_meta.get("TransferSyntaxUID", transfer_syntax_uid)), None
+    return _read(data, transfer_syntax_uid), transfer_syntax_uid, None
+
+
+def _read(data: bytes, transfer_syntax_uid: str) -> Dataset:
     implicit, little = transfer_syntax_uid == ImplicitVRLittleEndian, transfer_syntax_uid != ExplicitVRBigEndian
-    ds = read_dataset(io.BytesIO(data), implicit, little, specific_tags=_TAGS)
+    ds: Dataset = read_dataset(io.BytesIO(data), implicit, little, specific_tags=_TAGS)
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = UID(transfer_syntax_uid)
-    return ds, transfer_syntax_uid
+    return ds
 
 
-def _check_size(ds: Dataset, syntax: str) -> int:
+def _check_size(ds: Dataset, syntax: str, plain: memoryview | None) -> int:
     """Compare what is announced with what is there, before decoding.
 
     Returns:
@@ -179,7 +197,7 @@ def _check_size(ds: Dataset, syntax: str) -> int:
     size_bytes = rows * columns * frames * bits // 8
     if size_bytes > MAX_INSTANCE_BYTES:
         raise Refusal("too_large", f"The pixels would take {size_bytes} bytes; at most {MAX_INSTANCE_BYTES} are read.")
-    held = len(ds.PixelData)
+    held = len(ds.PixelData) if plain is None else len(plain)
     if syntax in _UNCOMPRESSED and held < size_bytes:
         raise Refusal("bad_pixels", f"The pixel data is cut short: {held} of {size_bytes} bytes.")
     if syntax not in _UNCOMPRESSED:
@@ -239,30 +257,32 @@ def _jpeg_size(stream: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decoded(ds: Dataset, syntax: str, frames: int) -> NDArray[Any]:
+def _decoded(ds: Dataset, syntax: str, frames: int, plain: memoryview | None) -> NDArray[Any]:
     """(frames, rows, columns) stored values."""
     shape = (frames, int(ds.Rows), int(ds.Columns))
-    plain = _plain(ds, syntax, shape)
     if plain is not None:
-        return plain
+        stored = _plain(ds, syntax, shape, plain)
+        if stored is not None:
+            return stored
+        ds.PixelData = bytes(plain)
+        ds["PixelData"].VR = "OW"
     stored, _ = get_decoder(UID(syntax)).as_array(ds, raw=True)
     if stored.size != math.prod(shape):
         raise Refusal("bad_pixels", f"The decoder gave {stored.shape}; expected {shape}.")
-    return stored.reshape(shape)
+    return np.asarray(stored).reshape(shape)
 
 
-def _plain(ds: Dataset, syntax: str, shape: tuple[int, int, int]) -> NDArray[Any] | None:
-    """Uncompressed little-endian pixels that fill their words or leave only high bits unused; None for anything else."""
+def _plain(ds: Dataset, syntax: str, shape: tuple[int, int, int], plain: memoryview) -> NDArray[Any] | None:
+    """Words of 16 bits whose lower bits hold the value; None for anything else, which pydicom reads."""
     bits, stored, high = int(ds.BitsAllocated), int(ds.get("BitsStored") or 0), ds.get("HighBit")
-    if syntax not in _UNCOMPRESSED or syntax == ExplicitVRBigEndian or bits != 16 or not 1 <= stored <= bits:
+    if bits != 16 or not 1 <= stored <= bits or high is None or int(high) != stored - 1:
         return None
-    if high is None or int(high) != stored - 1:
-        return None
-    values = np.frombuffer(ds.PixelData, dtype="<u2", count=math.prod(shape)).reshape(shape)
+    order = ">" if syntax == ExplicitVRBigEndian else "<"
+    values = np.frombuffer(plain, dtype=f"{order}u2", count=math.prod(shape)).reshape(shape)
     unused = bits - stored
     if int(ds.PixelRepresentation) == 1:
         # Shift the sign bit to the top and back, as pydicom does: what lies above it may be an overlay.
-        return (values << unused).view("<i2") >> unused if unused else values.view("<i2")
+        return (values << unused).astype(np.uint16).view(np.int16) >> unused if unused else values.view(f"{order}i2")
     return values & ((1 << stored) - 1) if unused else values
 
 

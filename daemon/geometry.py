@@ -159,24 +159,48 @@ def _fit(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]] | Reason:
     """First position and step of the regular grid through sorted positions."""
     gaps = np.diff(along)
-    spacing = float(np.median(gaps))
-    if not SPACING_RANGE_MM[0] <= spacing <= SPACING_RANGE_MM[1]:
-        return _reason("no_geometry", f"The slices lie {spacing:g} mm apart, which cannot be.")
-    # Gap by gap, so that the rounding of one gap does not add up over hundreds of slices.
-    index = np.concatenate([[0.0], np.cumsum(np.rint(gaps / spacing))])
-    step, first = _line(index, positions)
-    off = float(np.linalg.norm(positions - (first + index[:, None] * step), axis=1).max())
-    tolerance = max(POSITION_FLOOR_MM, POSITION_TOLERANCE * spacing)
-    if off > tolerance or np.any(np.diff(index) < 1):
-        return _reason("non_uniform", f"The slices are not evenly spaced: one lies {off:.2f} mm off its place.")
-    spacing = float(np.linalg.norm(step))
-    absent = int(index[-1]) + 1 - len(index)
+    typical = float(np.median(gaps))
+    if not SPACING_RANGE_MM[0] <= typical <= SPACING_RANGE_MM[1]:
+        return _reason("no_geometry", f"The slices lie {typical:g} mm apart, which cannot be.")
+    grids = [_Grid.through(positions, gaps, spacing) for spacing in (typical, nominal_mm, float(gaps.min())) if spacing]
+    best = min(grids, key=lambda grid: grid.off_share)
+    if best.off_share > 1.0:
+        return _reason("non_uniform", f"The slices are not evenly spaced: one lies {best.off_mm:.2f} mm off its place.")
+    spacing = float(np.linalg.norm(best.step))
+    absent = int(best.index[-1]) + 1 - len(best.index)
     if absent:
-        return _reason("missing_slices", f"{absent} slices are missing inside the volume, {_where(index)}.")
+        return _reason("missing_slices", f"{absent} slices are missing inside the volume, {_where(best.index)}.")
     if nominal_mm is not None and _skips(spacing, nominal_mm):
         text = f"The slices lie {spacing:g} mm apart and the header announces {nominal_mm:g} mm: some are missing."
         return _reason("missing_slices", text)
-    return first, step
+    return best.first, best.step
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Positions on a line at whole multiples of a step.
+
+    Attributes:
+        index: (planes,) place of each position on the grid, 0, 1, ...
+        first, step: (3,) millimetres.
+        off_mm: how far the worst position lies from its place.
+        off_share: the same as a share of the tolerance; infinite where two planes share a place.
+    """
+
+    index: NDArray[np.float64]
+    first: NDArray[np.float64]
+    step: NDArray[np.float64]
+    off_mm: float
+    off_share: float
+
+    @classmethod
+    def through(cls, positions: NDArray[np.float64], gaps: NDArray[np.float64], spacing: float) -> _Grid:
+        """The grid of about this spacing; gap by gap, so that rounding does not add up over hundreds of slices."""
+        index = np.concatenate([[0.0], np.cumsum(np.rint(gaps / spacing))])
+        step, first = _line(index, positions)
+        off = float(np.linalg.norm(positions - (first + index[:, None] * step), axis=1).max())
+        share = off / max(POSITION_FLOOR_MM, POSITION_TOLERANCE * float(np.linalg.norm(step)))
+        return cls(index, first, step, off, share if np.all(np.diff(index) >= 1) else float("inf"))
 
 
 def _line(
@@ -184,7 +208,7 @@ def _line(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Least-squares step and first position of a straight line through positions at integer places."""
     centred = index - index.mean()
-    step = centred @ positions / float(centred @ centred)
+    step = centred @ positions / max(float(centred @ centred), 1e-9)
     return step, positions.mean(axis=0) - index.mean() * step
 
 

@@ -20,9 +20,17 @@ from typing import Any, TypeVar
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import EnhancedMRImageStorage, LegacyConvertedEnhancedMRImageStorage, MRImageStorage
+from pydicom.uid import (
+    EnhancedMRImageStorage,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+)
 
+from daemon.elements import NotUnderstood, pick, split_file
 from daemon.reasons import REASONS
 from daemon.words import Refusal
 
@@ -104,6 +112,7 @@ class Header:
         scanning: words of ScanningSequence (SE, IR, GR, EP, RM), or what the Enhanced attributes say in these words.
         variant: words of SequenceVariant, likewise.
         repetition_time_ms, flip_angle_deg: None if absent.
+        acquired_at: AcquisitionDateTime, or AcquisitionDate and AcquisitionTime, as written; never told to anyone.
         attributes: DICOM keyword -> text or number, for selection rules.
     """
 
@@ -129,6 +138,7 @@ class Header:
     variant: frozenset[str] = frozenset()
     repetition_time_ms: float | None = None
     flip_angle_deg: float | None = None
+    acquired_at: str = ""
     attributes: dict[str, str | float] = field(default_factory=dict)
 
 
@@ -210,6 +220,8 @@ _PLAIN = [
     "TemporalPositionIndex",
     "ContentTime",
     "AcquisitionTime",
+    "AcquisitionDate",
+    "AcquisitionDateTime",
     "ComplexImageComponent",
     "EchoPulseSequence",
     "SteadyStatePulseSequence",
@@ -260,6 +272,8 @@ def _wanted_tags() -> list[BaseTag]:
 
 
 _TAGS = _wanted_tags()
+_WANTED = frozenset(int(tag) for tag in _TAGS)
+_LAST = max(_WANTED)
 
 
 def read_header(data: bytes) -> Header:
@@ -277,10 +291,20 @@ def read_header(data: bytes) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ds = dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_TAGS)
-            return header_of(ds)
+            return header_of(_wanted_part(data))
     except PARSE_FAILURES:
         raise Refusal("bad_header", REASONS["bad_header"]) from None
+
+
+def _wanted_part(data: bytes) -> Dataset:
+    """The attributes that matter, parsed; the rest is skipped by its length where that can be done."""
+    try:
+        syntax, start = split_file(data)
+        kept, _, _ = pick(data, start, syntax, _WANTED, _LAST)
+    except NotUnderstood:
+        ds: Dataset = dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_TAGS)
+        return ds
+    return read_dataset(io.BytesIO(kept), syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian)
 
 
 def header_of(ds: Dataset) -> Header:
@@ -320,6 +344,7 @@ def header_of(ds: Dataset) -> Header:
         variant=variant,
         repetition_time_ms=_first_number(_number(ds, "RepetitionTime"), _number(timing, "RepetitionTime")),
         flip_angle_deg=_first_number(_number(ds, "FlipAngle"), _number(timing, "FlipAngle")),
+        acquired_at=_text(ds, "AcquisitionDateTime") or _text(ds, "AcquisitionDate") + _text(ds, "AcquisitionTime"),
         attributes=_attributes(ds),
     )
 

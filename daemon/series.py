@@ -235,6 +235,11 @@ LATE_FACTOR = 1.5
 CALM = 0.8
 """How much of a scanner's learnt quiet time is left after each stack that ended without a late image."""
 
+_PREFERENCE = {"DIS3D": 4, "DIS2D": 2, "NORM": 1}
+"""Word of ImageType -> how much it is preferred among twins: distortion-corrected is what radiologists read."""
+
+_TWIN_WORDS = frozenset((*_PREFERENCE, "ND"))
+
 Features = tuple[float | None, ...]
 
 _TOLERANCES = (
@@ -259,6 +264,18 @@ def _agree(a: Features, b: Features) -> bool:
         x is y or (x is not None and y is not None and abs(x - y) <= tolerance)
         for x, y, tolerance in zip(a, b, _TOLERANCES, strict=True)
     )
+
+
+def _preference(frame: Frame) -> int:
+    return sum(_PREFERENCE.get(word, 0) for word in set(frame.image_type))
+
+
+def _twin_name(scanner: str, header: Header, frame: Frame) -> tuple[object, ...] | None:
+    """What twins share: one acquisition, reconstructed more than once; None where the header does not tell."""
+    if not header.acquired_at or not _TWIN_WORDS.intersection(frame.image_type):
+        return None
+    words = tuple(word for word in frame.image_type if word not in _TWIN_WORDS)
+    return (scanner, header.study_uid, header.acquired_at, header.rows, header.columns, words, frame.component)
 
 
 Group = tuple[str, ...]
@@ -337,6 +354,7 @@ class _Open:
     told_final: bool = False
     scheduled: float | None = None
     names: list[tuple[object, ...]] = field(default_factory=list)
+    twins: tuple[object, ...] | None = None
 
 
 class Assembly:
@@ -355,6 +373,7 @@ class Assembly:
         self._groups: dict[Group, list[_Open]] = {}
         self._of_instance: dict[tuple[Group, str], tuple[str, list[_Open]]] = {}
         self._counts: dict[tuple[object, ...], _Count] = {}
+        self._twins: dict[tuple[object, ...], list[_Open]] = {}
         self._fed: dict[int, dict[str, _Open]] = {}
         self._learnt_s: dict[str, float] = {}
         self._heap: list[tuple[float, int, str]] = []
@@ -500,8 +519,11 @@ class Assembly:
             refusal=_not_an_image(header),
             opened_at=now,
             last_at=now,
+            twins=_twin_name(stored.scanner, header, frame),
         )
         self._stacks[key] = stack
+        if stack.twins is not None:
+            self._twins.setdefault(stack.twins, []).append(stack)
         self._groups.setdefault(group, []).append(stack)
         return stack
 
@@ -682,6 +704,19 @@ class Assembly:
             orientations=len({s.features[:6] for s in self._groups[stack.group]}),
             expected=expected,
             expected_from=source,
+            better_twin=self._has_better_twin(stack),
+        )
+
+    def _has_better_twin(self, stack: _Open) -> bool:
+        """Whether the same acquisition is held in a preferred form, with as many images."""
+        if stack.twins is None:
+            return False
+        own = _preference(stack.header.frames[0])
+        return any(
+            _preference(other.header.frames[0]) > own
+            and len(other.held) >= len(stack.held)
+            and _agree(other.features, stack.features)
+            for other in self._twins[stack.twins]
         )
 
     def _expected(self, stack: _Open, planes: int, volumes: int) -> tuple[int | None, str | None]:
@@ -702,6 +737,10 @@ class Assembly:
         classes = self._classes.get(kind, [])
         if stack in classes:
             classes.remove(stack)
+        if stack.twins is not None:
+            self._twins[stack.twins].remove(stack)
+            if not self._twins[stack.twins]:
+                del self._twins[stack.twins]
         for name in stack.names:
             self._exact.pop(name, None)
         group = self._groups[stack.group]

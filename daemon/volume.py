@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydicom.uid import ExplicitVRLittleEndian
 
-from daemon.decode import PREAMBLE_BYTES, decode
+from daemon.decode import decode
+from daemon.elements import PREAMBLE_BYTES, NotUnderstood, split_file
 from daemon.geometry import Geometry
 from daemon.header import Header, read_header
 from daemon.prepare import MAX_VOXELS
@@ -100,7 +101,7 @@ def volumes_from_path(path: Path) -> Iterator[Found]:
     Yields:
         Stacks in the order of their first file's name; files that are neither image nor DICOM are left out.
     """
-    files = sorted(_files(path))
+    files = sorted(find_files(path))
     for file in files:
         if is_nifti(file):
             yield None, read_nifti(file), str(file)
@@ -115,7 +116,8 @@ def _volume_or_refusal(stack: Stack, paths: dict[str, Path]) -> Volume | Refusal
         return refusal
 
 
-def _files(path: Path) -> Iterator[Path]:
+def find_files(path: Path) -> Iterator[Path]:
+    """The file, or every file in the folder and its subfolders, hidden ones and DICOMDIR aside."""
     if path.is_file():
         yield path
         return
@@ -163,17 +165,11 @@ def _stored(data: bytes, position: int, header: Header | Refusal) -> StoredInsta
     )
 
 
-_SYNTAX_ELEMENT = b"\x02\x00\x10\x00UI"
-
-
 def _syntax(data: bytes) -> str:
-    """TransferSyntaxUID in the file meta information, which is always explicit little endian."""
-    at = data.find(_SYNTAX_ELEMENT, PREAMBLE_BYTES, PREAMBLE_BYTES + 2048)
-    if at < 0:
+    try:
+        return split_file(data)[0]
+    except NotUnderstood:
         return str(ExplicitVRLittleEndian)
-    start = at + len(_SYNTAX_ELEMENT) + 2
-    size = int.from_bytes(data[start - 2 : start], "little")
-    return data[start : start + size].rstrip(b"\x00 ").decode("ascii", "replace")
 
 
 def is_nifti(path: Path) -> bool:
