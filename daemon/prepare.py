@@ -30,6 +30,9 @@ TISSUE_ML = 250.0
 """The intensity that this much of the box exceeds becomes 1.0: near fat and white matter in a T1 head."""
 
 INTENSITY_MAX = 4.0
+HEAD_AND_AIR_ML = 8000.0
+"""A head has 3 to 6 litres; its threshold is sought among this much of the volume, so that more air does not move it."""
+
 MIN_HEAD_ML, MAX_HEAD_ML = 900.0, 9000.0
 MIN_WIDTH_MM, MIN_LENGTH_MM = 90.0, 110.0
 MIN_BELOW_VERTEX_MM = 115.0
@@ -37,6 +40,9 @@ MIN_BELOW_VERTEX_MM = 115.0
 
 MAX_VERTEX_CUT_CM2 = 45.0
 """A head that still has this section in the topmost slice has lost its vertex."""
+
+OFF_HALF = 0.3
+"""Added before rounding down to whole voxels: fields of view often start at half a voxel, where rounding would tip over."""
 
 MAX_VOXELS = 600_000_000
 
@@ -283,7 +289,7 @@ def _coarse_cells(canonical: Canonical) -> tuple[Array, NDArray[np.float64], NDA
     """
     cells: Array = canonical.voxels
     step = np.maximum(np.round(COARSE_MM / canonical.spacing_mm).astype(int), 1)
-    first = np.round(canonical.start_mm / canonical.spacing_mm).astype(int)
+    first = np.floor(canonical.start_mm / canonical.spacing_mm + OFF_HALF).astype(int)
     start = canonical.start_mm.copy()
     for axis in range(3):
         before = int(first[axis] % step[axis])
@@ -310,15 +316,23 @@ def _coarse_head(canonical: Canonical) -> tuple[_Head, NDArray[np.float64]]:
     if not np.all(np.isfinite(cells)):
         raise Refusal("bad_pixels", "The image holds values that are not numbers.")
     smooth = ndimage.gaussian_filter(np.sqrt(np.clip(cells, 0.0, None)), 1.0, mode="nearest")
-    level = otsu(smooth)
+    if not smooth.max() > 0.0:
+        raise Refusal("no_signal", "The image is empty: no voxel carries signal.")
+    level = otsu(_brightest(smooth, float(np.prod(cell_mm)) / 1000.0))
     mask = ndimage.binary_opening(smooth > level, iterations=2)
     labels, count = ndimage.label(mask)
     if count == 0:
-        raise Refusal("no_signal", "The image is empty: nothing stands out from its background.")
+        raise Refusal("not_a_head", "Nothing as large as a head stands out from the background.")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     body = ndimage.binary_fill_holes(labels == int(sizes.argmax()))
     return _Head(np.asarray(body, dtype=bool), cell_mm), start
+
+
+def _brightest(cells: Array, cell_ml: float) -> Array:
+    """The brightest `HEAD_AND_AIR_ML`: a head and some air, however much air lies around it."""
+    rank = min(int(HEAD_AND_AIR_ML / cell_ml), cells.size) - 1
+    return np.partition(cells.ravel(), cells.size - 1 - rank)[cells.size - 1 - rank :]
 
 
 def otsu(values: Array, bins: int = 256) -> float:
@@ -363,11 +377,8 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
         centre[1] - 0.5 * shape[1] * SPACING_MM,
         vertex_mm + ABOVE_VERTEX_MM - shape[2] * SPACING_MM,
     )
-    snapped = [
-        canonical.start_mm[a]
-        + canonical.spacing_mm[a] * round((low_edge[a] - canonical.start_mm[a]) / canonical.spacing_mm[a])
-        for a in range(3)
-    ]
+    steps = np.floor((np.array(low_edge) - canonical.start_mm) / canonical.spacing_mm + OFF_HALF)
+    snapped = canonical.start_mm + canonical.spacing_mm * steps
     return Box((float(snapped[0]), float(snapped[1]), float(snapped[2])), shape)
 
 
