@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -56,14 +56,17 @@ class Asset:
     tag: str
 
 
-def routes(store: PageStore, access: Access | None = None) -> list[BaseRoute]:
+def routes(
+    store: PageStore, access: Access | None = None, stopping: Callable[[], bool] = lambda: False
+) -> list[BaseRoute]:
     """Everything below `/`; put it last, because it answers every path.
 
     Args:
         store: what to show.
         access: who may see it; None for anyone on this machine, and nobody else.
+        stopping: whether the server is about to end; live streams then end by themselves.
     """
-    page = Page(store, access or Access(token="", encrypted=False))
+    page = Page(store, access or Access(token="", encrypted=False), stopping)
     inner = [
         Route("/", page.view("index.html")),
         Route("/physicist", page.view("physicist.html")),
@@ -87,10 +90,11 @@ def routes(store: PageStore, access: Access | None = None) -> list[BaseRoute]:
 class Page:
     """The handlers: each reads the store in a worker thread and answers."""
 
-    def __init__(self, store: PageStore, access: Access) -> None:
+    def __init__(self, store: PageStore, access: Access, stopping: Callable[[], bool]) -> None:
         """Show `store` to those whom `access` lets in."""
         self.store = store
         self.access = access
+        self._stopping = stopping
         self._tries = Tries()
         self._viewers = 0
         self._shown: tuple[str, str] = ("", "")
@@ -159,7 +163,7 @@ class Page:
         self._viewers += 1
         sent, next_beat = "", 0.0
         try:
-            while True:
+            while not self._stopping():
                 version = await to_thread.run_sync(self.store.version)
                 if version != sent:
                     text = await to_thread.run_sync(self._state_json, version)

@@ -31,7 +31,7 @@ TEXTS = {
     "CANNOT_JUDGE": ("not_a_head", "The image does not look like a whole head to the model."),
 }
 ADVICE = {
-    "RESCAN": "Talk to the patient, pad the head, and repeat the scan (5 min 12 s); use the fast protocol if there is one.",
+    "RESCAN": "Talk to the patient, pad the head, and repeat the scan; use the fast protocol if there is one.",
     "REVIEW": "Look at the images before the patient leaves: the scan is at the border.",
     "CANNOT_JUDGE": "Judge this scan by eye.",
 }
@@ -86,6 +86,7 @@ def make_result(verdict: str, scanner: str = "mr1", **changes: Any) -> dict[str,
         "engine": {"provider": "openvino", "precision": "fp32", "device": "CPU"},
         "policy": {"rule": "t1-head", "calibration": "global, 200 clean scans"},
         "timing_s": {"receive": 7.9, "prepare": 0.6, "infer": 1.8, "score": 0.2, "last_instance_to_verdict": 3.4},
+        "series": {"number": 5, "ended_at": 0.0, "duration_s": 312.0},
         "notice": NOTICE,
     }
     return {**result, **changes}
@@ -118,7 +119,7 @@ class MemoryStore:
         """One more result; `alert` is its alert's state, if it has one."""
         at = time.time() if at is None else at
         result_id = f"result-{len(self.past) + 1}"
-        result = {**result, "id": result_id, "series_ref": f"series-{result['scanner']}-{number}"}
+        result = {**result, "id": result_id, "stack_ref": f"stack-{result['scanner']}-{number}"}
         facts = AlertFacts(f"alert-{len(self.past) + 1}", alert, at, not_concluded=not_concluded) if alert else None
         entry = Entry(
             result_id, at, at - 5, "exam-1", number, "t1-head", result, facts, pictures.manifest if pictures else None
@@ -185,7 +186,7 @@ class MemoryStore:
         alert = next((e.alert for e in self.past if e.alert and e.alert.alert_id == alert_id), None)
         if alert is None:
             raise NoSuchAlert(f"No alert {alert_id}.")
-        if alert.state != "raised":
+        if alert.state not in {"raised", "acknowledged"}:
             raise AlertClosed(f"This alert is {alert.state}.")
         self.acknowledged.append((alert_id, reason, by))
         self.change_alert(alert_id, state="acknowledged", reason=str(reason), by=by, acknowledged_at=time.time())

@@ -4,7 +4,7 @@
 import { byId, el, replace, setText, svg } from "./dom.js";
 import { Live } from "./live.js";
 import { Viewer } from "./viewer.js";
-import { ACKNOWLEDGE, ALERT_STATES, ARTEFACTS, VERDICTS, clock, duration, glyph, light, number, seriesName, sign } from "./words.js";
+import { ACKNOWLEDGE, ALERT_STATES, ARTEFACTS, VERDICTS, clock, duration, glyph, light, number, roomName, seriesName, sign, spell } from "./words.js";
 
 const LOOK_BACK_MS = 60000;
 const SETTLE_MS = 700;
@@ -18,6 +18,7 @@ let chosenAt = 0;
 let shownAlert = "";
 let settledAt = 0;
 let sending = false;
+let changing = "";
 const displayed = new Set();
 const live = new Live((next) => {
   state = next;
@@ -46,7 +47,7 @@ const lastAt = (scanner) => Math.max(scanner.progress?.since ?? 0, scanner.exam[
 function pickEntry(scanner) {
   const open = openAlerts(scanner)[0];
   if (chosen && performance.now() - chosenAt < LOOK_BACK_MS) {
-    const entry = scanner.exam.find((each) => each.result_id === chosen || each.result.series_ref === chosen);
+    const entry = scanner.exam.find((each) => each.result.stack_ref === chosen);
     if (entry && (!open || displayed.has(open.alert.alert_id))) return entry;
   }
   chosen = null;
@@ -70,7 +71,8 @@ const parts = {
   dice: el("div", { class: "dice" }),
   more: el("ul", { class: "more" }),
   small: el("p", { class: "small" }),
-  acknowledged: el("p", { class: "acknowledged", hidden: true }),
+  acknowledged: el("p", {}),
+  change: el("button", { type: "button", class: "plain", onclick: changeMind }, "Change"),
   held: el("p", { class: "held", hidden: true }),
   exam: el("ol", { class: "exam-list" }),
 };
@@ -84,6 +86,7 @@ const ackBox = el(
   el("div", { class: "ack-head" }, el("h2", {}, "What happens now?"), el("label", { class: "by" }, el("span", {}, "Your initials"), by)),
   el("div", { class: "ack-grid" }, ackButtons),
 );
+const ackDone = el("div", { class: "acknowledged", hidden: true }, parts.acknowledged, parts.change);
 const idle = el("div", { class: "idle", hidden: true }, el("p", { class: "idle-word" }, "Waiting for a series"), el("p", { class: "hint" }, "The verdict appears here seconds after the last image."));
 const focus = el(
   "article",
@@ -94,7 +97,7 @@ const focus = el(
     el("div", { class: "verdict" }, parts.light, el("div", { class: "verdict-text" }, parts.meta, parts.word, parts.headline, parts.says)),
     parts.advice,
     ackBox,
-    parts.acknowledged,
+    ackDone,
     parts.dice,
     parts.held,
     parts.more,
@@ -156,13 +159,13 @@ function tile(scanner) {
     "button",
     { type: "button", class: `tile tone-${tone}`, "data-slug": scanner.slug, "data-open": open ? "yes" : "no", "aria-pressed": scanner.slug === slug, onclick: () => chooseScanner(scanner.slug) },
     entry ? sign(tone) : el("span", { class: "sign-none", "aria-hidden": "true" }),
-    el("span", { class: "tile-text" }, el("span", { class: "tile-room" }, scanner.room), el("strong", { class: "tile-word" }, scanner.progress ? `${word} · receiving` : word)),
+    el("span", { class: "tile-text" }, el("span", { class: "tile-room" }, roomName(scanner)), el("strong", { class: "tile-word" }, scanner.progress ? `${word} · receiving` : word)),
   );
 }
 
 function renderNow(scanner) {
   const { progress } = scanner;
-  setText(parts.room, scanner.room);
+  setText(parts.room, roomName(scanner));
   parts.bar.hidden = !progress;
   if (!progress) {
     setText(parts.doing, scanner.shadow ? "Shadow mode: results are recorded, not shown here" : "No series is being received");
@@ -208,21 +211,23 @@ function renderEntry(entry, scanner) {
 
 function renderAlert(entry, scanner) {
   const open = isOpen(entry);
-  const id = open ? entry.alert.alert_id : "";
-  ackBox.hidden = !open;
+  const id = open || changing === entry.alert?.alert_id ? entry.alert.alert_id : "";
+  ackBox.hidden = !id;
   if (id !== shownAlert) {
     shownAlert = id;
     if (open) {
       settle();
-      setText(announce, `${scanner.room}: ${seriesName(entry)}, rescan. ${headlineOf(entry)}`);
+      setText(announce, `${roomName(scanner)}: ${seriesName(entry)}, rescan. ${headlineOf(entry)}`);
     }
   }
   if (open && live.isLive && document.visibilityState === "visible" && !displayed.has(id)) {
     displayed.add(id);
     live.post(`/api/alerts/${encodeURIComponent(id)}/displayed`, {}).catch(() => displayed.delete(id));
   }
-  const done = entry.alert && !open && !entry.result.shadow;
-  parts.acknowledged.hidden = !done;
+  const done = entry.alert && !id && !entry.result.shadow;
+  ackDone.hidden = !done;
+  parts.change.hidden = entry.alert?.state !== "acknowledged";
+  parts.change.dataset.alert = entry.alert?.alert_id ?? "";
   if (done) setText(parts.acknowledged, alertLine(entry.alert));
 }
 
@@ -262,10 +267,13 @@ function affectedOf(result) {
   return share === undefined ? "" : `${Math.round(100 * share)} % of grey matter affected`;
 }
 
-const placeOf = (entry) => entry.result.place ?? entry.result.slices?.[0]?.place ?? entry.pictures?.planes[0]?.place ?? "";
+const placeOf = (entry) => entry.result.worst_slices?.[0]?.place ?? entry.pictures?.planes[0]?.place ?? "";
 
+// What to do, and what it costs where the header tells.
 function adviceOf(result) {
-  return result.verdict === "PASS" ? [] : result.advice.map((each) => each.text);
+  if (result.verdict === "PASS") return [];
+  const cost = result.verdict === "RESCAN" && result.series?.duration_s > 0 ? [`Repeating it takes ${spell(result.series.duration_s)}.`] : [];
+  return [...result.advice.map((each) => each.text), ...cost];
 }
 
 function furtherReasons(entry) {
@@ -319,7 +327,7 @@ function examItem(entry, isShown) {
     {},
     el(
       "button",
-      { type: "button", class: `exam-item tone-${verdict.tone}`, "data-key": entry.result.series_ref + seriesName(entry), "aria-pressed": isShown, "data-open": isOpen(entry) ? "yes" : "no", onclick: () => chooseEntry(entry) },
+      { type: "button", class: `exam-item tone-${verdict.tone}`, "data-key": entry.result.stack_ref, "aria-pressed": isShown, "data-open": isOpen(entry) ? "yes" : "no", onclick: () => chooseEntry(entry) },
       sign(verdict.tone),
       el("span", { class: "exam-text" }, el("span", { class: "exam-name" }, `${seriesName(entry)} · ${clock(entry.at)}`), el("strong", {}, verdict.word), badge ? el("span", { class: "exam-badge" }, badge) : null),
     ),
@@ -335,7 +343,7 @@ function chooseScanner(next) {
 }
 
 function chooseEntry(entry) {
-  chosen = entry.result_id;
+  chosen = entry.result.stack_ref;
   chosenAt = performance.now();
   render();
 }
@@ -345,6 +353,13 @@ function backToNow() {
   render();
 }
 
+// A second word replaces the first: a finger slips, a patient changes their mind.
+function changeMind() {
+  changing = parts.change.dataset.alert;
+  render();
+  ackButtons[0].focus();
+}
+
 async function acknowledge(reason) {
   const id = shownAlert;
   if (!id || !live.isLive) return;
@@ -352,11 +367,13 @@ async function acknowledge(reason) {
   allowAcknowledge();
   try {
     await live.post(`/api/alerts/${encodeURIComponent(id)}/acknowledge`, { reason, by: by.value });
+    changing = "";
     toast(`Recorded: ${ACKNOWLEDGE[reason].label.toLowerCase()}`);
   } catch (error) {
     toast(`Not recorded. ${error.message}`);
   } finally {
     sending = false;
+    render();
     allowAcknowledge();
   }
 }
@@ -391,7 +408,7 @@ function tick() {
   setText(parts.meta, words.join(" · "));
   if (!live.isLive) return;
   const open = state.scanners.flatMap(openAlerts).length;
-  document.title = open ? `RESCAN · ${scanner.room}` : "Rescan";
+  document.title = open ? `RESCAN · ${roomName(scanner)}` : "Rescan";
 }
 
 setInterval(tick, LOOK_MS);

@@ -106,6 +106,17 @@ export function duration(seconds) {
   return `${Math.floor(s / 86400)} days`;
 }
 
+// Such as `5 min 12 s`.
+export function spell(seconds) {
+  const s = Math.round(seconds);
+  return s < 60 ? `${s} s` : `${Math.floor(s / 60)} min ${s % 60} s`;
+}
+
+// A caller that no configured scanner claims has no room.
+export function roomName(scanner) {
+  return scanner.room === "unknown" ? "Scanner" : scanner.room;
+}
+
 export function clock(unixSeconds, withSeconds = false) {
   const options = { hour: "2-digit", minute: "2-digit", hourCycle: "h23", ...(withSeconds ? { second: "2-digit" } : {}) };
   return new Date(unixSeconds * 1000).toLocaleTimeString([], options);
