@@ -121,7 +121,7 @@ def _explain_stack(stack: Stack, rules: Sequence[Rule]) -> dict[str, Any]:
         "geometry": _geometry(stack.geometry),
         "rule": matched.name if isinstance(matched, Rule) else None,
         "refused": _reason(matched if isinstance(matched, Reason) else None),
-        "rules": _each_rule(stack, load_rules(()) if not rules else rules),
+        "rules": _each_rule(stack, rules or load_rules(())),
     }
 
 
