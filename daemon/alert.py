@@ -313,11 +313,15 @@ def _quality(result: Mapping[str, Any]) -> str | None:
     return text if required is None else f"{text}, {required:.2f} required"
 
 
-def _cost(duration_s: float | None) -> str | None:
-    """Such as `Repeating it takes 5 min 12 s`; None where the header does not tell."""
-    if not duration_s or duration_s <= 0:
+def _cost(duration_s: object) -> str | None:
+    """Such as `Repeating it takes 5 min 12 s.`; None where the header does not tell, or not in numbers."""
+    try:
+        whole = round(float(str(duration_s)))
+    except (ValueError, OverflowError):
         return None
-    minutes, seconds = divmod(round(duration_s), 60)
+    if whole <= 0:
+        return None
+    minutes, seconds = divmod(whole, 60)
     return f"Repeating it takes {minutes} min {seconds} s." if minutes else f"Repeating it takes {seconds} s."
 
 
