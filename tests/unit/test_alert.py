@@ -89,7 +89,7 @@ def test_what_changes_the_state_is_told() -> None:
         if effect in (Effect.NOTHING, Effect.REFUSE, Effect.UPDATE):
             assert after is state
         else:
-            assert after is not state or effect in (Effect.ACKNOWLEDGE,)
+            assert after is not state or effect is Effect.ACKNOWLEDGE
 
 
 @pytest.mark.parametrize(

@@ -434,29 +434,26 @@ def test_a_damaged_ledger_is_one_line_with_the_remedy(tmp_path: Path) -> None:
         Ledger(path)
 
 
-def test_threads_read_while_another_writes(ledger: Ledger) -> None:
-    """Pages read through connections of their own; what they see is whole."""
-    stop, seen, faults = threading.Event(), set(), []
+def test_another_thread_reads_while_one_writes(ledger: Ledger) -> None:
+    """It reads through a connection of its own; what it sees is whole."""
+    stop = threading.Event()
+    seen: list[tuple[int, int]] = []
 
     def read() -> None:
-        try:
-            while not stop.is_set():
-                last = ledger.last_sequences()
-                assert last["score"] <= len(ledger.events_after("score", 0, 100))
-                seen.add(last["score"])
-        except Exception as error:
-            faults.append(error)
+        while not stop.is_set():
+            last = ledger.last_sequences()["score"]
+            seen.append((last, len(ledger.events_after("score", 0, 100))))
+            stop.wait(0.002)
 
-    threads = [threading.Thread(target=read) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for number in range(20):
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(5):
         ledger.record(result(f"s{number}", exam=f"e{number}"))
     stop.set()
-    for thread in threads:
-        thread.join()
-    assert faults == []
-    assert ledger.last_sequences()["score"] == 20
+    reader.join()
+    assert seen
+    assert all(last <= events <= 5 for last, events in seen)
+    assert ledger.last_sequences()["score"] == 5
 
 
 def test_settings_can_change_while_it_runs(ledger: Ledger) -> None:
