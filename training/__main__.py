@@ -124,7 +124,9 @@ def split_subjects(subjects: list) -> dict[str, list]:  # type: ignore[type-arg]
         return {split: [s for s in subjects if known[s.name] == split] for split in fixed}
     n = len(subjects)
     if n < 4:
-        return {split: subjects for split in fixed}  # the built-in head: splits differ by their draws only
+        raise ValueError(
+            f"--data: {n} heads cannot be split into training, validation, calibration and test; give at least 4"
+        )
     cuts = [0, max(1, round(0.6 * n)), max(2, round(0.7 * n)), max(3, round(0.8 * n)), n]
     return {split: subjects[a:b] for split, a, b in zip(fixed, cuts[:-1], cuts[1:], strict=True)}
 

@@ -410,7 +410,7 @@ def load_subjects(data: str) -> list[Source]:
         ValueError: none of these, or a file in it that is missing; the message names it.
     """
     if data == "builtin":
-        return [builtin_subject()]
+        return builtin_subjects()
     path = Path(data)
     if path.is_dir():
         return _load_folder(path)
@@ -447,8 +447,20 @@ def _load_manifest(path: Path) -> list[Source]:
     return scans
 
 
-def builtin_subject() -> Subject:
-    """The head that needs no data: label map made from the MNI152 template (see `daemon.demo.anatomy`)."""
-    from daemon.demo.anatomy import builtin_labels
+BUILTIN_HEADS = 5
+"""How many heads are made from the template: enough for a split into four."""
 
-    return Subject("mni152", encode_labels(builtin_labels(), "mni152"))
+
+def builtin_subjects() -> list[Source]:
+    """Heads that need no data: label maps drawn from the MNI152 template (see `daemon.demo.anatomy`).
+
+    Raises:
+        ValueError: the template's package is not installed.
+    """
+    from daemon.demo.anatomy import AnatomyMissing, Stream, draw_head, head_seed
+
+    try:
+        heads = [draw_head(head_seed(Stream.TRAINING, i)) for i in range(BUILTIN_HEADS)]
+    except AnatomyMissing as error:
+        raise ValueError(f"--data builtin: {error}") from error
+    return [Subject(f"mni152_{i}", encode_labels(head.labels, "mni152")) for i, head in enumerate(heads)]

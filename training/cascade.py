@@ -67,7 +67,7 @@ class Profile:
 CPU = Profile(
     widths=(16, 24, 32, 64, 64),
     crops=((64, 80, 64), (48, 64, 48), (48, 64, 64)),
-    steps=(1800, 400, 2500),
+    steps=(1800, 300, 2200),
     rate=3e-3,
     eps=0.05,
     segments=4,
