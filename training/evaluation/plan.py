@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def drawn_heads(
         for i, subject in enumerate(subjects):
             name = f"{subject.name}-{stream}{h:02d}"
             words = (seed, STREAMS[stream], i, h)
-            yield i, h, name, (lambda s=subject, w=words, n=name: draw_anatomy(s, w, n))
+            yield i, h, name, partial(draw_anatomy, subject, words, name)
 
 
 def level_steps(severities: dict[str, Any], seed: tuple[int, ...], head: int) -> tuple[Step, ...]:

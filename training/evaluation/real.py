@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,13 @@ def real_jobs(shared: Path, severities: dict[str, Any]) -> list[Job]:
     readers: list[tuple[str, Callable[[], Anatomy]]] = []
     for path in sorted((shared / "t1_2mm" / "t1").glob("*.nii.gz")):
         name = path.name.removesuffix("_T1.nii.gz").lower()
-        readers.append((name, lambda p=path, n=name: _read_2mm(p, n)))
+        readers.append((name, partial(_read_2mm, path, name)))
     whole = shared / "t1_1mm_truncated_fov"
     if (whole / "orig.mgz").exists():
-        readers.append(("head1mm", lambda: _read_1mm(whole)))
+        readers.append(("head1mm", partial(_read_1mm, whole)))
     philips = shared / "dicom" / "philips_mprage"
     if philips.is_dir():
-        readers.append(("philips", lambda: _read_philips(philips)))
+        readers.append(("philips", partial(_read_philips, philips)))
     if not readers:
         raise ValueError(f"--shared {shared}: no real head found; leave the real set out or give the right folder")
     return [Job("real", name, reader, _steps(severities, i)) for i, (name, reader) in enumerate(readers)]
@@ -69,7 +70,7 @@ def read_nifti(path: Path) -> Volume:
     import nibabel
 
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         voxels = np.asarray(image.dataobj, dtype=np.float32).squeeze()
     except (OSError, ValueError, nibabel.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{path.name}: cannot be read ({error})") from error

@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy import ndimage
 from daemon.words import Volume
 from training.anatomy import TISSUES, HeadDraw, Subject, draw_head, synthesise
 from training.evaluation.blank import read_stacks
-from training.evaluation.plan import STREAMS, drawn_heads
+from training.evaluation.plan import STREAMS, Anatomy, drawn_heads
 from training.evaluation.real import read_nifti
 from training.evaluation.scans import Facts, exists, store
 
@@ -105,23 +106,23 @@ def public_items(shared: Path) -> Iterator[Item]:
     for name, expected in folders.items():
         if (dicom / name).is_dir():
             kind = "whole head" if expected == JUDGE else name
-            yield Item(name, kind, expected, lambda f=dicom / name: _largest(read_stacks(f)))
+            yield Item(name, kind, expected, partial(_largest, dicom / name))
     packed = dicom / "derived_t1_defaced_0p7mm.tar.gz"
     if packed.exists():
-        yield Item("derived_t1_defaced", "whole head", JUDGE, lambda: _unpacked(packed))
+        yield Item("derived_t1_defaced", "whole head", JUDGE, partial(_unpacked, packed))
     bare = shared / "t1_skullstripped_gm_probability" / "T1.nii.gz"
     if bare.exists():
-        yield Item("skullstripped", "skullstripped", ("CANNOT_JUDGE", "REVIEW"), lambda: read_nifti(bare))
+        yield Item("skullstripped", "skullstripped", ("CANNOT_JUDGE", "REVIEW"), partial(read_nifti, bare))
 
 
-def _largest(stacks: list[Volume]) -> Volume:
-    return stacks[0]
+def _largest(folder: Path) -> Volume:
+    return read_stacks(folder)[0]
 
 
 def _unpacked(packed: Path) -> Volume:
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(packed) as archive:
         archive.extractall(scratch, filter="data")
-        return _largest(read_stacks(Path(scratch)))
+        return _largest(Path(scratch))
 
 
 def made_items(subjects: list[Any], seed: int, draws: int = 1) -> Iterator[Item]:
@@ -133,9 +134,9 @@ def made_items(subjects: list[Any], seed: int, draws: int = 1) -> Iterator[Item]
                 yield Item(f"{contrast}-{i}-{d}", contrast, REFUSE, _maker(subject, words, contrast))
     for i, _, _, maker in drawn_heads(subjects, "refusal", 1, seed):
         for half in ("upper", "left"):
-            yield Item(f"half-{half}-{i}", "half head", REFUSE, lambda m=maker, h=half: _half(m().clean, h))
+            yield Item(f"half-{half}-{i}", "half head", REFUSE, partial(_half, maker, half))
         allowed = REFUSE + BAD
-        yield Item(f"drowned-{i}", "head in noise at -40 dB", allowed, lambda m=maker, i=i: _drowned(m().clean, i))
+        yield Item(f"drowned-{i}", "head in noise at -40 dB", allowed, partial(_drowned, maker, i))
     bodies: dict[str, Callable[[Generator], Volume]] = {
         "sphere": sphere,
         "box": brick,
@@ -145,13 +146,13 @@ def made_items(subjects: list[Any], seed: int, draws: int = 1) -> Iterator[Item]
     for i in range(3):
         for k, (kind, body) in enumerate(bodies.items()):
             rng = np.random.default_rng((seed, STREAMS["refusal"], 50, i, k))
-            yield Item(f"{kind.replace(' ', '-')}-{i}", kind, REFUSE, lambda f=body, r=rng: f(r))
+            yield Item(f"{kind.replace(' ', '-')}-{i}", kind, REFUSE, partial(body, rng))
 
 
 def _maker(subject: Subject, words: tuple[int, ...], contrast: str) -> Callable[[], Volume]:
     if contrast == "epi":
-        return lambda: epi(subject, words)
-    return lambda: other_contrast(subject, words, contrast)
+        return partial(epi, subject, words)
+    return partial(other_contrast, subject, words, contrast)
 
 
 def contrast_draw(rng: Generator, contrast: str) -> HeadDraw:
@@ -182,8 +183,9 @@ def epi(subject: Subject, words: tuple[int, ...]) -> Volume:
     return replace(clean, voxels=(clean.voxels * (1.0 - 0.95 * hole)).astype(np.float32))
 
 
-def _half(clean: Volume, half: str) -> Volume:
+def _half(maker: Callable[[], Anatomy], half: str) -> Volume:
     """The upper 90 mm below the top of the volume, or the left half (RAS+ axes)."""
+    clean = maker().clean
     spacing = np.linalg.norm(clean.affine[:3, :3], axis=0)
     affine = clean.affine.copy()
     if half == "left":
@@ -193,8 +195,9 @@ def _half(clean: Volume, half: str) -> Volume:
     return Volume(np.ascontiguousarray(clean.voxels[:, :, -keep:]), affine)
 
 
-def _drowned(clean: Volume, number: int) -> Volume:
+def _drowned(maker: Callable[[], Anatomy], number: int) -> Volume:
     """A head of which nothing is left: complex noise a hundred times stronger than it."""
+    clean = maker().clean
     rng = np.random.default_rng((number, 40))
     sigma = 100.0 * float(np.sqrt(np.mean(clean.voxels**2)) / np.sqrt(2.0))
     real = clean.voxels + sigma * rng.standard_normal(clean.voxels.shape, dtype=np.float32)
