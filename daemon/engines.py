@@ -261,7 +261,7 @@ class OnnxRuntimeEngine:
         if self.on_gpu and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()
         self._model, self._may_build = model, may_build
-        self._bound: dict[Bucket, _Bound] = {}
+        self._bound: dict[Bucket, BoundSession] = {}
         device = processor_name() if engine == "cpu" else gpu_name()
         self.facts = EngineFacts(engine, f"{self._provider} {self._ort.__version__}", precision, device)
 
@@ -284,7 +284,7 @@ class OnnxRuntimeEngine:
         reducer = None
         if self.on_gpu and self._model.reducer:
             reducer = self._session(base64.b64decode(self._model.reducer), shape, bucket)
-        self._bound[bucket] = _Bound(
+        self._bound[bucket] = BoundSession(
             self._ort,
             session,
             reducer,
@@ -432,8 +432,8 @@ def gpu_name() -> str:
     return "GPU"
 
 
-class _Bound:
-    """A session with its buffers, bound once and reused."""
+class BoundSession:
+    """A session with its buffers, bound once and reused; one method per stage, so that each can be timed."""
 
     def __init__(
         self,
@@ -466,35 +466,48 @@ class _Bound:
             self._binding.bind_ortvalue_output(name, self._device[name])
 
     def run(self, image: Array) -> dict[str, Array]:
-        self._infer(image)
-        return {name: self._host[name][0] if self._host else self._device[name].numpy()[0] for name in OUTPUTS}
+        """Copy in, infer, copy out."""
+        self.copy_in(image)
+        self.infer()
+        return self.copy_out()
 
     def reduce(self, image: Array, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array] | None:
+        """Copy in, infer, reduce; None without a reducing graph."""
         if self._reducer is None:
             return None
-        self._infer(image)
+        self.copy_in(image)
+        self.infer()
+        return self.sums(masks, affected_variance)
+
+    def copy_in(self, image: Array) -> None:
+        """Put the image where the graph reads it."""
+        np.copyto(self._image[0, 0], image)
+        if self._on_gpu:
+            self._input.update_inplace(self._image)
+
+    def infer(self) -> None:
+        """Run the graph on the bound buffers; returns when it is done."""
+        self._session.run_with_iobinding(self._binding)
+
+    def copy_out(self) -> dict[str, Array]:
+        """The maps in this process's memory."""
+        return {name: self._host[name][0] if self._host else self._device[name].numpy()[0] for name in OUTPUTS}
+
+    def sums(self, masks: NDArray[np.float32], affected_variance: float) -> dict[str, Array]:
+        """Reduce the maps where they are and copy the sums back."""
         binding = self._reducer.io_binding()
         binding.bind_ortvalue_input("image", self._input)
         for name in OUTPUTS:
             binding.bind_ortvalue_input(name, self._device[name])
         place = ("cuda", 0) if self._on_gpu else ("cpu", 0)
         level = np.float32(min(affected_variance, float(np.finfo(np.float32).max)))
-        for name, values in (
-            ("masks", masks[None]),
-            ("affected_variance", np.array([level])),
-        ):
+        for name, values in (("masks", masks[None]), ("affected_variance", np.array([level]))):
             binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(values, *place))
         names = [output.name for output in self._reducer.get_outputs()]
         for name in names:
             binding.bind_output(name, "cpu")
         self._reducer.run_with_iobinding(binding)
         return dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
-
-    def _infer(self, image: Array) -> None:
-        np.copyto(self._image[0, 0], image)
-        if self._on_gpu:
-            self._input.update_inplace(self._image)
-        self._session.run_with_iobinding(self._binding)
 
 
 _PROVIDERS = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from daemon.card import MAX_GOLDEN_BYTES, CardError, read_model
-from daemon.engines import OUTPUTS, _Bound
+from daemon.engines import OUTPUTS, BoundSession
 from daemon.golden import decode_volume, encode_volume
 from daemon.prepare import BUCKETS
 from daemon.score import PROFILES, Reduced, reduce_maps
@@ -24,7 +24,7 @@ from export.golden import formula_head, golden_volume
 from export.graph import GraphError, build_graph, check_operators, fold, graph_facts, random_student, save_bytes
 from export.interpret import TorchGraph
 from export.onnx import ExportError, Facts, read_facts
-from export.parity import Row, admit, compare, outcome, relative_rms, row, table
+from export.parity import Row, admit, compare, outcome, relative_rms, row, table, to_maps
 from export.reducer import RESULTS, build_reducer
 from tests.model_builders import made_up_card, made_up_head, made_up_maps
 from tests.small_student import calibration
@@ -148,14 +148,12 @@ def test_the_device_copies_back_sums_instead_of_maps(student: Path) -> None:
         for data in (model.data, base64.b64decode(model.reducer))
     ]
     shape = head.image.shape
-    bound = _Bound(onnxruntime, *sessions, shape, "image", on_gpu=False)
+    bound = BoundSession(onnxruntime, *sessions, shape, "image", on_gpu=False)
     masks = np.stack([head.native_mask, head.head_mask]).astype(np.float32)
     sums = bound.reduce(head.image, masks, float("inf"))
     assert sums is not None
     assert sum(v.nbytes for v in sums.values()) < 5_000
     out = bound.run(head.image)
-    from export.parity import to_maps
-
     expected = reduce_maps(to_maps(out), head)
     assert Reduced.from_sums(sums).gm_sum == pytest.approx(expected.gm_sum, rel=1e-5)
 
