@@ -107,5 +107,5 @@ def _make_refused(
 ) -> int:
     seed = int(severities["seed"])
     if group == "negatives":
-        return make_refusal(root, group, groups["calibrate"], None, seed + 1, 1 if small else 4)
+        return make_refusal(root, group, groups["calibrate"], None, seed + 1, 1 if small else 2)
     return make_refusal(root, group, groups["test"], shared, seed, 1)

@@ -121,7 +121,9 @@ def torch_maps(network: Any, prepared: Prepared) -> Maps:
     return Maps(torch.sigmoid(margin).cpu().numpy(), variance[0], artefacts)
 
 
-def observe(runner: Runner, root: Path, cache: Path, group: str, progress: Any = iter) -> dict[str, Observation]:
+def observe(
+    runner: Runner, root: Path, cache: Path, group: str, progress: Any = iter, only: set[str] | None = None
+) -> dict[str, Observation]:
     """Run a network over every scan of a set that preparation accepted; what is cached is not run again.
 
     Args:
@@ -130,6 +132,7 @@ def observe(runner: Runner, root: Path, cache: Path, group: str, progress: Any =
         cache: folder of the results.
         group: the set.
         progress: wraps the iterable, for a progress bar.
+        only: names of the scans to run; None runs all.
 
     Returns:
         Scan name -> observation.
@@ -137,7 +140,7 @@ def observe(runner: Runner, root: Path, cache: Path, group: str, progress: Any =
     folder = cache / runner.key / group
     folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, Observation] = {}
-    scans = [f for f in listed(root, group) if not f.refused]
+    scans = [f for f in listed(root, group) if not f.refused and (only is None or f.name in only)]
     # Clean scans come first: the others are measured against them, and a head without labels takes its clean
     # segmentation as its reference.
     for facts in progress(sorted(scans, key=lambda f: (f.artefact != "clean", f.name))):

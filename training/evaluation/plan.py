@@ -225,7 +225,7 @@ def independent_jobs(subjects: list[Source], severities: dict[str, Any], heads: 
     """The same heads with artefacts of the other simulator: only the simulator differs."""
     seed, jobs = int(severities["seed"]), []
     for i, h, name, maker in drawn_heads(subjects, "simulated", heads, seed):
-        steps = independent_steps(severities, (seed, STREAMS["independent"], i, h), (1, 2, 3))
+        steps = independent_steps(severities, (seed, STREAMS["independent"], i, h), ((1, 3), (2, 3))[(i + h) % 2])
         jobs.append(Job("independent", name, maker, (CLEAN_STEP, *steps)))
     return jobs
 

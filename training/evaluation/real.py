@@ -21,7 +21,7 @@ MUSE_GREY = (23, 30, 31, 32, 36, 37, 38, 39, 47, 48, *range(55, 63), 71, 72, 73,
 MUSE_WHITE = (40, 41, *range(81, 96))
 
 LEVELS = ((1, 3), (2, 4))
-"""Own severities of even and odd heads; the independent ones are 2 and 3, 1 and 3."""
+"""Own severities of even and odd heads; of the independent simulator each head has one severity, in turn."""
 
 
 def real_jobs(shared: Path, severities: dict[str, Any]) -> list[Job]:
@@ -57,7 +57,7 @@ def _steps(severities: dict[str, Any], number: int) -> tuple[Step, ...]:
         for level in LEVELS[number % 2]:
             strength = float(severities["levels"][kind][level - 1])
             own.append(Step(artefact, kind, level, strength, "own", (seed, 41, number, a, level)))
-    other = independent_steps(severities, (seed, 42, number), (2, 3) if number % 2 == 0 else (1, 3))
+    other = independent_steps(severities, (seed, 42, number), (1 + number % 3,))
     return (CLEAN_STEP, *own, *other)
 
 
