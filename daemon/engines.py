@@ -71,12 +71,14 @@ class EngineFacts:
         runtime: library and version.
         precision: `fp32`, `tf32`, `fp16` or `bf16`.
         device: processor or GPU.
+        tiles: 1 where the whole head runs in one pass.
     """
 
     provider: str
     runtime: str
     precision: str
     device: str
+    tiles: int = 1
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ import numpy as np
 
 from daemon.card import Card, CardError, Golden, ModelFile, read_model
 from daemon.engines import (
+    OUTPUTS,
     PRECISIONS,
     Bucket,
     Engine,
@@ -32,7 +33,8 @@ from daemon.golden import decode_volume, golden_sha256, largest_difference
 from daemon.judge import judge
 from daemon.prepare import Prepared, prepare
 from daemon.score import Reduced, Scores, raw_scores, reduce_maps, score_reduced
-from daemon.words import Maps
+from daemon.tiles import CUTS, TiledEngine, tile_shape
+from daemon.words import ARTEFACTS, Maps
 
 AUTO = "auto"
 LARGEST_ON_GPU_BYTES = 2**63
@@ -68,7 +70,6 @@ class Student:
     def __init__(self, model: ModelFile, engine: Engine, skipped: tuple[Skipped, ...] = ()) -> None:
         """Hold a model and the engine that runs it; `Student.open` makes both."""
         self._model, self._engine, self.skipped = model, engine, skipped
-        self._loaded: set[Bucket] = set()
 
     @classmethod
     def open(
@@ -101,10 +102,11 @@ class Student:
         student = cls(model, *choose_engine(model, engine, precision, threads, cache or default_cache()))
         for skipped in student.skipped:
             say(f"engine {skipped.engine} passed over: {skipped.reason}")
-        for bucket in model.card.buckets:
-            student.load(bucket, memory_limit_bytes, say)
-        student.check_golden()
-        say(f"golden case reproduced on {student.facts.runtime} in {student.facts.precision}")
+        student.load_all(memory_limit_bytes, say)
+        worst = student.check_golden()
+        say(
+            f"golden case reproduced on {student.facts.runtime} in {student.facts.precision} (largest difference {worst:.2e})"
+        )
         return student
 
     @property
@@ -123,25 +125,46 @@ class Student:
         return self._engine.facts
 
     def describe(self) -> dict[str, str]:
-        """The `engine` object of a result: engine, provider, precision, device."""
-        return asdict(self.facts)
+        """The `engine` object of a result: provider, runtime, precision, device, and tiles where there are several."""
+        return {key: str(value) for key, value in asdict(self.facts).items() if key != "tiles" or value > 1}
 
-    def load(
-        self,
-        bucket: Bucket,
-        memory_limit_bytes: int | None = None,
-        say: Callable[[str], None] = _silent,
-    ) -> None:
+    def load_all(self, memory_limit_bytes: int | None = None, say: Callable[[str], None] = _silent) -> None:
+        """Load every bucket, whole where that fits the memory, else in as few tiles as fit.
+
+        Raises:
+            MemoryShort: a bucket does not fit even in tiles.
+            EngineError: the engine failed.
+        """
+        whole, shortage = self._engine, None
+        for axes in ((), *CUTS):
+            self._engine = TiledEngine(whole, axes) if axes else whole
+            try:
+                for bucket in self.card.buckets:
+                    self.load(bucket, memory_limit_bytes, say)
+            except MemoryShort as error:
+                shortage = shortage or error
+                continue
+            if axes:
+                say(f"memory is short: every head runs in {self.facts.tiles} tiles, slower and only nearly the same")
+            return
+        assert shortage is not None
+        raise shortage
+
+    def load(self, bucket: Bucket, memory_limit_bytes: int | None = None, say: Callable[[str], None] = _silent) -> None:
         """State the memory, compile one bucket and run it once.
 
         Raises:
             MemoryShort: the bucket does not fit.
             EngineError: the engine failed.
         """
-        need = memory_needed_bytes(self._model, bucket, self.facts.provider, self.facts.precision)
-        on_gpu = self.facts.provider in ("cuda", "tensorrt")
+        facts = self.facts
+        need = self._need_bytes(bucket)
+        on_gpu = facts.provider in ("cuda", "tensorrt")
         free = memory_limit_bytes or (LARGEST_ON_GPU_BYTES if on_gpu else available_memory_bytes())
-        say(f"bucket {_text(bucket)}: about {need / 2**20:.0f} MiB on {self.facts.runtime}")
+        tiles = f" in {facts.tiles} tiles" if facts.tiles > 1 else ""
+        say(
+            f"bucket {_text(bucket)}{tiles}: about {need / 2**20:.0f} MiB on {facts.runtime}, {free / 2**20:.0f} MiB free"
+        )
         if need > free:
             raise MemoryShort(
                 f"bucket {_text(bucket)} needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
@@ -149,7 +172,14 @@ class Student:
             )
         self._engine.load(bucket)
         self._engine.run(np.zeros(bucket, dtype=np.float32))
-        self._loaded.add(bucket)
+
+    def _need_bytes(self, bucket: Bucket) -> int:
+        facts, engine = self.facts, self._engine
+        if isinstance(engine, TiledEngine):
+            whole_maps = int(np.prod(bucket)) * 4 * len(OUTPUTS + ARTEFACTS[1:])
+            shape = tile_shape(bucket, engine.axes)
+            return whole_maps + memory_needed_bytes(self._model, shape, facts.provider, facts.precision)
+        return memory_needed_bytes(self._model, bucket, facts.provider, facts.precision)
 
     def run(self, prepared: Prepared) -> Maps:
         """The maps of one prepared volume, owned by the caller.
@@ -189,8 +219,11 @@ class Student:
         """
         return score_reduced(self.reduce(prepared), prepared, self.card)
 
-    def check_golden(self) -> None:
+    def check_golden(self) -> float:
         """Reproduce the golden case.
+
+        Returns:
+            The largest relative difference of a score.
 
         Raises:
             CardError: the file has none, or it is not the one its card describes.
@@ -205,6 +238,7 @@ class Student:
         worst = largest_difference(golden, scores)
         if not worst.relative <= golden.tolerance or verdict != golden.verdict:
             raise GoldenMismatch(_mismatch(self.facts, golden, worst.name, worst.expected, worst.got, verdict))
+        return worst.relative
 
 
 def choose_engine(

@@ -30,6 +30,7 @@ from daemon.engines import (
 from daemon.golden import decode_volume
 from daemon.prepare import Prepared, prepare
 from daemon.student import GoldenMismatch, Student, admitted_precisions
+from daemon.tiles import axis_cuts, tile_shape
 
 SMALL = (16, 24, 32)
 """The graph takes any size divisible by its depth: small ones make quick tests."""
@@ -162,6 +163,39 @@ def test_a_bucket_that_does_not_fit_is_refused_before_it_is_allocated(student: P
     """The message states need, what is free, and the remedy."""
     with pytest.raises(MemoryShort, match=r"bucket 96x112x96 needs about \d+ MiB, 8 MiB are free; free memory"):
         Student.open(student, "cpu", memory_limit_bytes=8 * 2**20)
+
+
+def test_tiles_are_taken_where_memory_is_short_and_say_so(model: ModelFile) -> None:
+    """A limit between two tiles and the whole: loaded in tiles, stated; with another result near the cut alone."""
+    whole = open_engine(model, "cpu", "fp32", 1)
+    tiled = Student(dataclasses.replace(model, card=dataclasses.replace(model.card, buckets=((32, 96, 32),))), whole)
+    said: list[str] = []
+    need = memory_needed_bytes(model, (32, 96, 32), "cpu", "fp32")
+    tiled.load_all(need - 1, said.append)
+    assert tiled.describe()["tiles"] == "2"
+    assert said[-1].startswith("memory is short: every head runs in 2 tiles")
+    image = np.random.default_rng(0).random((32, 96, 32), dtype=np.float32)
+    maps = tiled.run(SimpleNamespace(image=image))  # type: ignore[arg-type]
+    whole.load((32, 96, 32))
+    expected = whole.run(image)["gm_probability"][0]
+    difference = np.abs(maps.gm_probability - expected).max(axis=(0, 2))
+    # Three levels see 2 (1 + 2 + 4) + 2 (1 + 2) and a little for the upsampling: 24 cells beside the cut at 48.
+    assert difference[:20].max() < 1e-5
+    assert difference[-20:].max() < 1e-5
+    assert difference.max() < 0.1
+
+
+@pytest.mark.parametrize("length", [96, 112, 128])
+def test_tiles_cover_every_cell_once_and_are_aligned(length: int) -> None:
+    """Both halves start on a multiple of 16, have one length, and see 16 cells beyond the cut."""
+    (first, low, middle), (second, again, high) = axis_cuts(length)
+    tile = length - second
+    assert (first, low, again, high) == (0, 0, middle, length)
+    assert second % 16 == 0
+    assert tile % 16 == 0
+    assert middle - second >= 16
+    assert tile - middle >= 16
+    assert tile_shape((length, length, 96), (0,)) == (tile, length, 96)
 
 
 def test_stated_memory_grows_with_the_bucket_and_shrinks_with_the_precision(model: ModelFile) -> None:
