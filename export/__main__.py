@@ -62,7 +62,9 @@ def _add_onnx(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="form of the trilinear x2 (default %(default)s)",
     )
     parser.add_argument(
-        "--anatomy", type=Path, help="packed label maps for the golden case; default: a head from formulas"
+        "--anatomy",
+        default="builtin",
+        help="head of the golden case: `builtin`, label maps as for rescan-train, or `formula`",
     )
     parser.set_defaults(func=_onnx)
 

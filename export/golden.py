@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 from scipy import ndimage
@@ -11,21 +11,22 @@ from daemon.prepare import SPACING_MM
 from daemon.words import Array, Volume
 
 SEED = 20261122
+FORMULA = "formula"
 SHAPE = (92, 110, 104)
 """Cells of 2 mm: a field of view of 184 x 220 x 208 mm."""
 
 
-def golden_volume(anatomy: Path | None = None) -> Volume:
+def golden_volume(anatomy: str = FORMULA) -> Volume:
     """The volume of the golden case, at 2 mm, with an RF spike.
 
     Args:
-        anatomy: packed label maps (see `rescan-train pack`) whose first head is taken; None draws a head from formulas, which
-            checks an engine as well but looks less like what the student knows.
+        anatomy: what `rescan-train --data` takes (`builtin`, a file, a folder), whose first label map is taken; or `formula`, a
+            head of ellipsoids, which checks an engine as well but looks less like what the student knows.
 
     Raises:
-        ValueError: the file holds no label maps.
+        ValueError: there are no label maps.
     """
-    head = formula_head() if anatomy is None else anatomy_head(anatomy)
+    head = formula_head() if anatomy == FORMULA else anatomy_head(anatomy)
     return Volume(with_spike(head.voxels), head.affine)
 
 
@@ -50,20 +51,21 @@ def formula_head() -> Volume:
     return Volume(image.astype(np.float32), _centred_affine())
 
 
-def anatomy_head(packed: Path) -> Volume:
+def anatomy_head(data: str) -> Volume:
     """A synthetic T1 head from label maps, at 2 mm.
 
     Raises:
-        ValueError: the file holds no label maps.
+        ValueError: there are no label maps.
     """
-    from dataclasses import replace
+    from training.anatomy import Subject, draw_head, load_subjects, synthesise
 
-    from training.anatomy import draw_head, load_packed, synthesise
-
+    subjects = [s for s in load_subjects(data) if isinstance(s, Subject)]
+    if not subjects:
+        raise ValueError(f"golden case: {data} holds no label map; give one that does, or {FORMULA!r}")
     draw = draw_head(np.random.default_rng(SEED), free_contrast=0.0)
     size = tuple(float(n) * SPACING_MM for n in SHAPE)
     draw = replace(draw, spacing_mm=(SPACING_MM,) * 3, fov_mm=(size[0], size[1], size[2]), above_vertex_mm=8.0)
-    return synthesise(load_packed(packed)[0], draw).clean
+    return synthesise(subjects[0], draw).clean
 
 
 def with_spike(voxels: Array, strength: float = 0.6) -> Array:
