@@ -10,7 +10,7 @@ from typing import Any
 
 from daemon import ledger as ledgers
 from daemon import pictures
-from daemon.alert import NOT_CONCLUDED
+from daemon.alert import NOT_CONCLUDED, State
 from daemon.config import UNKNOWN_SCANNER, AlertMode, Settings
 from daemon.ledger import Ledger
 from daemon.page.store import (
@@ -125,7 +125,7 @@ class Store:
     def _view(self, slug: str, room: str, shadow: bool) -> ScannerView:
         current = self._board.of(slug)
         exam = current.exam_ref if current is not None else self._newest_exam(slug)
-        entries = self._exam(slug, exam) if exam else ()
+        entries = (self._exam(slug, exam) if exam else ()) + self._left_open(slug, exam)
         suppressed = self._ledger.suppressed(slug, exam) if exam else 0
         return ScannerView(slug, room, shadow, current.progress if current else None, entries, suppressed)
 
@@ -136,6 +136,12 @@ class Store:
     def _exam(self, slug: str, exam_ref: str) -> tuple[Entry, ...]:
         found = self._ledger.results(scanner=slug, exam_ref=exam_ref, limit=EXAM_ENTRIES)
         return tuple(self._entry(at, result) for at, result in found)
+
+    def _left_open(self, slug: str, exam_ref: str) -> tuple[Entry, ...]:
+        """Results of other exams whose alert still waits: of a caller nobody claims no exam ends another's alerts."""
+        waiting = [a for a in self._ledger.open_alerts(slug) if a.state is State.RAISED and a.exam_ref != exam_ref]
+        found = [self._ledger.result(alert.result_id) for alert in waiting]
+        return tuple(self._entry(*each) for each in found if each is not None)
 
     def history(self, query: HistoryQuery) -> Sequence[Entry]:
         """Results by filter, newest first."""

@@ -75,13 +75,13 @@ export class Viewer {
     const place = plane.place ? `, ${plane.place}` : "";
     const side = (edge) => el("span", { class: `side side-${edge}`, "data-letter": plane.sides[edge] });
     return el(
-        "button",
-        { type: "button", class: isMain ? "stack main-plane" : "stack","data-plane": plane.plane, "aria-pressed": isMain, onclick: () => this.enlarge(plane.plane) },
-        el("img", { src: `${base}.png`, alt: "", ...size }),
-        el("img", { class: "layer", src: `${base}-${this.layer}.png`, alt: "", ...size }),
-        el("img", { class: "outline", src: `${base}-outline.png`, alt: "", hidden: !this.outline, ...size }),
-        Object.keys(plane.sides).map(side),
-        el("span", { class: "plane-name" }, PLANES[plane.plane], el("span", { class: "sr" }, ` slice${place}`)),
+      "button",
+      { type: "button", class: isMain ? "stack main-plane" : "stack", "data-plane": plane.plane, "aria-pressed": isMain, onclick: () => this.enlarge(plane.plane) },
+      el("img", { src: `${base}.png`, alt: "", ...size }),
+      el("img", { class: "layer", src: `${base}-${this.layer}.png`, alt: "", ...size }),
+      el("img", { class: "outline", src: `${base}-outline.png`, alt: "", hidden: !this.outline, ...size }),
+      Object.keys(plane.sides).map(side),
+      el("span", { class: "plane-name" }, PLANES[plane.plane], el("span", { class: "sr" }, ` slice${place}`)),
     );
   }
 
