@@ -11,6 +11,7 @@ No engine falls back to another: what cannot run where it was asked to run is an
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
 import os
 import re
@@ -40,6 +41,10 @@ OUTPUTS = ("gm_probability", "task_variance", "artefact_variance")
 
 MEMORY_FACTOR = {"cpu": 2.0, "openvino": 1.6, "cuda": 2.0, "tensorrt": 2.0}
 """Measured peak over the live activations in float32 (docs/benchmarks.md); the rest is workspace and reordered copies."""
+
+
+CUDNN_CONV_SEARCH = "HEURISTIC"
+"""How cuDNN chooses its 3-D convolutions; tests/gpu/inference.py compares EXHAUSTIVE and DEFAULT (onnxruntime issue 12880)."""
 
 
 class EngineError(Exception):
@@ -85,6 +90,8 @@ class Engine(Protocol):
     """One way to run the graph. Tensors go in and come out by the names of the card."""
 
     facts: EngineFacts
+    notes: list[str]
+    """What an operator should know of this engine, one line each."""
 
     def load(self, bucket: Bucket) -> None:
         """Compile for one input shape and bind its buffers; done before the first series, never while one waits."""
@@ -125,6 +132,21 @@ def available_memory_bytes() -> int:
         return free if limit == "max" else min(free, int(limit) - used)
     except (OSError, ValueError):
         return free
+
+
+def gpu_free_bytes() -> int | None:
+    """Free memory of the first GPU as its driver tells; None where the driver's library is not there.
+
+    Source: NVIDIA Management Library, nvmlDeviceGetMemoryInfo: total, free, used, each 64 bits.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
+        return None
+    return None if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) else int(memory[1])
 
 
 def memory_needed_bytes(model: ModelFile, bucket: Bucket, engine: str, precision: str) -> int:
@@ -183,6 +205,7 @@ class OpenVinoEngine:
             raise PrecisionRefused("precision: this processor has no bfloat16 instructions; set fp32")
         self._model, self._threads, self._precision = model, threads, precision
         self._requests: dict[Bucket, tuple[Any, Array]] = {}
+        self.notes: list[str] = []
         version = self._ov.__version__.split("-")[0]
         self.facts = EngineFacts("openvino", f"OpenVINO {version}", precision, processor_name())
 
@@ -263,6 +286,7 @@ class OnnxRuntimeEngine:
         if self.on_gpu and hasattr(self._ort, "preload_dlls"):
             self._ort.preload_dlls()
         self._model, self._may_build = model, may_build
+        self.notes: list[str] = []
         self._bound: dict[Bucket, BoundSession] = {}
         device = processor_name() if engine == "cpu" else gpu_name()
         self.facts = EngineFacts(engine, f"{self._provider} {self._ort.__version__}", precision, device)
@@ -282,18 +306,19 @@ class OnnxRuntimeEngine:
         if self._engine == "tensorrt" and not self._may_build:
             check_built(self._cache, self._precision, bucket)
         shape = dict(zip(("D", "H", "W"), bucket, strict=True))
-        session = self._session(self._model.data, shape, bucket)
-        reducer = None
-        if self.on_gpu and self._model.reducer:
-            reducer = self._session(base64.b64decode(self._model.reducer), shape, bucket)
+        session = self._session(self._model.data, shape, bucket, self._engine)
+        reducer = self._reducing_session(shape, bucket) if self.on_gpu and self._model.reducer else None
         self._bound[bucket] = BoundSession(
-            self._ort,
-            session,
-            reducer,
-            bucket,
-            self._model.card.input_name,
-            self.on_gpu,
+            self._ort, session, reducer, bucket, self._model.card.input_name, on_gpu=self.on_gpu
         )
+
+    def _reducing_session(self, shape: dict[str, int], bucket: Bucket) -> Any:
+        # CUDA for both GPU providers: it reads the same device memory, and nothing has to be built for it.
+        try:
+            return self._session(base64.b64decode(self._model.reducer), shape, bucket, "cuda")
+        except EngineError as error:
+            self.notes.append(f"maps are reduced on the host: {error}")
+            return None
 
     def run(self, image: Array) -> dict[str, Array]:
         """See `Engine.run`."""
@@ -311,7 +336,7 @@ class OnnxRuntimeEngine:
         except self._failures() as error:
             raise EngineFailed(f"{self._provider} failed: {_first_line(error)}") from error
 
-    def _session(self, data: bytes, dimensions: dict[str, int], bucket: Bucket) -> Any:
+    def _session(self, data: bytes, dimensions: dict[str, int], bucket: Bucket, engine: str) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -322,19 +347,13 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         for name, size in dimensions.items():
             options.add_free_dimension_override_by_name(name, size)
-        chosen = [
-            (
-                self._provider,
-                provider_options(self._engine, self._precision, self._cache, bucket),
-            )
-        ]
+        provider = _PROVIDERS[engine]
+        chosen = [(provider, provider_options(engine, self._precision, self._cache, bucket))]
         try:
             session = self._ort.InferenceSession(data, options, providers=chosen)
         except self._failures() as error:
-            raise EngineFailed(
-                f"{self._provider} cannot load the model: {_first_line(error)}; {_REMEDY[self._engine]}"
-            ) from error
-        verify_provider(session.get_providers(), self._provider, self._engine)
+            raise EngineFailed(f"{provider} cannot load the model: {_first_line(error)}; {_REMEDY[engine]}") from error
+        verify_provider(session.get_providers(), provider, engine)
         return session
 
     def _failures(self) -> tuple[type[Exception], ...]:
@@ -368,7 +387,7 @@ def provider_options(engine: str, precision: str, cache: Path | None, bucket: Bu
         return {
             "device_id": "0",
             "use_tf32": "1" if precision == "tf32" else "0",
-            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "cudnn_conv_algo_search": CUDNN_CONV_SEARCH,
             "cudnn_conv_use_max_workspace": "1",
             "do_copy_in_default_stream": "1",
             "arena_extend_strategy": "kSameAsRequested",
@@ -444,6 +463,7 @@ class BoundSession:
         reducer: Any,
         bucket: Bucket,
         input_name: str,
+        *,
         on_gpu: bool,
     ) -> None:
         self._session, self._reducer, self._binding = (

@@ -25,6 +25,7 @@ from daemon.engines import (
     MemoryShort,
     PrecisionRefused,
     available_memory_bytes,
+    gpu_free_bytes,
     memory_needed_bytes,
     open_engine,
     tensorrt_folder,
@@ -34,10 +35,10 @@ from daemon.judge import judge
 from daemon.prepare import Prepared, prepare
 from daemon.score import Reduced, Scores, raw_scores, reduce_maps, score_reduced
 from daemon.tiles import CUTS, TiledEngine, tile_shape
-from daemon.words import ARTEFACTS, Maps
+from daemon.words import ARTEFACTS, Maps, Refusal
 
 AUTO = "auto"
-LARGEST_ON_GPU_BYTES = 2**63
+GPU = ("tensorrt", "cuda")
 
 StudentError = EngineError
 """What `Student.open` raises beside `CardError`: an engine that cannot be used as asked."""
@@ -103,6 +104,8 @@ class Student:
         for skipped in student.skipped:
             say(f"engine {skipped.engine} passed over: {skipped.reason}")
         student.load_all(memory_limit_bytes, say)
+        for note in student.notes:
+            say(note)
         worst = student.check_golden()
         say(
             f"golden case reproduced on {student.facts.runtime} in {student.facts.precision} (largest difference {worst:.2e})"
@@ -123,6 +126,11 @@ class Student:
     def facts(self) -> EngineFacts:
         """What runs the model."""
         return self._engine.facts
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should know of the engine."""
+        return tuple(self._engine.notes)
 
     def describe(self) -> dict[str, str]:
         """The `engine` object of a result: provider, runtime, precision, device, and tiles where there are several."""
@@ -159,13 +167,11 @@ class Student:
         """
         facts = self.facts
         need = self._need_bytes(bucket)
-        on_gpu = facts.provider in ("cuda", "tensorrt")
-        free = memory_limit_bytes or (LARGEST_ON_GPU_BYTES if on_gpu else available_memory_bytes())
+        free = memory_limit_bytes or (gpu_free_bytes() if facts.provider in GPU else available_memory_bytes())
         tiles = f" in {facts.tiles} tiles" if facts.tiles > 1 else ""
-        say(
-            f"bucket {_text(bucket)}{tiles}: about {need / 2**20:.0f} MiB on {facts.runtime}, {free / 2**20:.0f} MiB free"
-        )
-        if need > free:
+        room = "free memory not known" if free is None else f"{free / 2**20:.0f} MiB free"
+        say(f"bucket {_text(bucket)}{tiles}: about {need / 2**20:.0f} MiB on {facts.runtime}, {room}")
+        if free is not None and need > free:
             raise MemoryShort(
                 f"bucket {_text(bucket)} needs about {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free; "
                 "free memory, raise the limit, or serve a model with a smaller bucket"
@@ -234,7 +240,12 @@ class Student:
             raise CardError(f"{self.card.name}: no golden case inside; export the model again")
         if golden_sha256(self._model.golden) != golden.sha256:
             raise CardError(f"{self.card.name}: the golden case was altered; copy or export the file again")
-        scores, verdict = golden_outcome(self, self._model.golden)
+        try:
+            scores, verdict = golden_outcome(self, self._model.golden)
+        except (Refusal, ValueError) as error:
+            raise GoldenMismatch(
+                f"golden case: cannot be scored on {self.facts.runtime} ({error}); choose another engine"
+            ) from error
         worst = largest_difference(golden, scores)
         if not worst.relative <= golden.tolerance or verdict != golden.verdict:
             raise GoldenMismatch(_mismatch(self.facts, golden, worst.name, worst.expected, worst.got, verdict))

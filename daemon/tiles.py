@@ -32,6 +32,7 @@ class TiledEngine:
         """Wrap an engine; `axes` are halved."""
         self._engine, self.axes = engine, axes
         self.facts = replace(engine.facts, tiles=2 ** len(axes))
+        self.notes = engine.notes
         self._out: dict[Bucket, dict[str, Array]] = {}
 
     def load(self, bucket: Bucket) -> None:

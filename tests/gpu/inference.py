@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from daemon import engines
 from daemon.card import ModelFile, read_model
 from daemon.config import SHIPPED_MODEL
 from daemon.engines import Engine, EngineError, OnnxRuntimeEngine, open_engine, processor_name
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     model = read_model(args.model)
     cuda = args.device == "cuda"
+    engines.CUDNN_CONV_SEARCH = args.search or engines.CUDNN_CONV_SEARCH
     if cuda and not torch.cuda.is_available():
         print("no CUDA device answers torch; give --device cpu to rehearse on the CPU", file=sys.stderr)
         return 1
@@ -96,6 +98,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--matrix", type=int, default=8192, help="size of the matrix product for the ceiling")
     parser.add_argument("--no-parity", action="store_true")
+    parser.add_argument(
+        "--search", choices=("HEURISTIC", "EXHAUSTIVE", "DEFAULT"), help="how cuDNN chooses convolutions"
+    )
     return parser.parse_args(argv)
 
 
@@ -131,6 +136,8 @@ def latencies(model: ModelFile, bucket: Any, device: str, rounds: int) -> list[L
         except EngineError as error:
             print(f"{engine} {precision}: not run: {error}")
             continue
+        for note in opened.notes:
+            print(f"{engine} {precision}: {note}")
         rows.append(runtime_latency(model, head, opened, rounds))
     return rows
 
