@@ -20,7 +20,7 @@ import socket
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +77,8 @@ STAGES = {"volume": "assemble", "prepare": "preprocess", "infer": "infer", "scor
 STOP_LIMIT_S = {"receiver": 15.0, "scorer": 2.0, "reader": 2.0}
 """What each child may take to finish: the receiver lets associations end; what the others hold is durable in the spool."""
 
+LOADING = "the model is being loaded and checked"
+
 JUDGED_FILE = "judged.json"
 
 FORCED = 130
@@ -106,15 +108,23 @@ class App:
         self.ledger = Ledger(settings.state / "ledger.db", settings.alerts, on_change=self._count_alert)
         self.publisher = Publisher(settings.events, self.ledger, ready=lambda: not self.not_ready())
         self.calibration = _Calibration(settings.state / FILE_NAME)
-        self.flow = Flow(settings, self.key, self.rules, Assembly(settings), self.ledger, self.calibration.for_scan)
+        self.flow = Flow(
+            settings,
+            self.key,
+            self.rules,
+            Assembly(settings),
+            self.ledger,
+            self.calibration.for_scan,
+            on_failure=lambda error: self.log.failure(error, process="main", step="assembly"),
+        )
         self.children = {name: Child(name, settings) for name in ("receiver", "reader", "scorer")}
         self.board = Board()
         store = Store(lambda: self.settings, self.ledger, self.board, self.age_s, self.not_ready, self.publisher.wake)
-        page = page_routes(store, Access.from_settings(settings.http))
+        page = page_routes(store, Access.from_settings(settings.http), stopping=lambda: bool(self._signals))
         self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self.metrics.scrape), page))
         self.spool: SpoolReader | None = None
         self.dicom_port: int | None = None
-        self.model_reason: str | None = "the model is being loaded and checked"
+        self.model_reason: str | None = LOADING
         self._turned = time.monotonic()
         self._started = (time.time(), time.monotonic())
         self._signals: list[int] = []
@@ -164,14 +174,18 @@ class App:
         self._restart_the_dead()
         self._judge(())
         if self.spool is not None and self._ledger_fault is None:
-            self._take_records(self.spool)
-            self._ask_for_headers()
-            self._judge(self.flow.apply(self.now()))
-            self._note_exams()
-            self._end_replay()
-            self._judge(self.flow.apply_time(self.now()))
-            self._give_job()
+            self._move(self.spool)
         self._look_at_what_changes_slowly()
+
+    def _move(self, spool: SpoolReader) -> None:
+        """From the spool as far towards the ledger as things can go now."""
+        self._take_records(spool)
+        self._ask_for_headers()
+        self._judge(self.flow.apply(self.now()))
+        self._note_exams()
+        self._end_replay()
+        self._judge(self.flow.apply_time(self.now()))
+        self._give_job()
 
     def stop(self) -> None:
         """Stop the parts in reverse; a second signal ends the process at once."""
@@ -229,8 +243,8 @@ class App:
     def _with_news(self, limit_s: float) -> list[Child]:
         """Wait for any child to say something or die, for a signal, or for the next thing that is due."""
         due = [child.due - time.monotonic() for child in self.children.values() if child.due is not None]
-        deadline = self.flow.assembly.next_deadline()
-        if deadline is not None:
+        deadline = self.flow.next_deadline()
+        if deadline is not None and self._ledger_fault is None:
             due.append(deadline - self.now())
         controls = {child.control: child for child in self.children.values() if child.control is not None}
         ready = wait([*controls, self._wake], max(min([limit_s, *due]), 0.0))
@@ -360,13 +374,16 @@ class App:
     def _scorer_lost(self) -> None:
         self._job_started, self._drawing = None, False
         self.flow.served = None
-        self.model_reason = "the scorer is starting again"
+        self.model_reason = LOADING
         self.metrics.count("inference_errors_total", reason="scorer_crashed")
-        set_aside = list(self.flow.scorer_died(self.now()))
-        for verdict in set_aside:
+        self._judge(self._set_aside(self.flow.scorer_died(self.now())))
+
+    def _set_aside(self, verdicts: Iterable[Verdicts]) -> Iterator[Verdicts]:
+        """Count and tell the series that are set aside."""
+        for verdict in verdicts:
             self.metrics.count("series_quarantined_total")
             self.log.write(Event.QUARANTINED, level="error", series_ref=verdict.identity.series_ref)
-        self._judge(set_aside)
+            yield verdict
 
     def _restart_the_dead(self) -> None:
         for child in self.children.values():
@@ -415,19 +432,27 @@ class App:
 
     def _judge(self, verdicts: Iterable[Verdicts]) -> None:
         """Write results down; everything else shows what is in the ledger. What cannot be written now is kept for later."""
-        self._unwritten.extend(verdicts)
+        try:
+            for verdict in verdicts:
+                self._unwritten.append(verdict)
+                self._write()
+            self._write()
+        except sqlite3.Error as error:
+            if self._ledger_fault is None:
+                self.log.failure(error, process="main", step="ledger")
+            self._ledger_fault = "the ledger cannot be used; see the disk"
+
+    def _write(self) -> None:
+        """Write down what waits; an error leaves it waiting."""
         while self._unwritten:
             verdict = self._unwritten[0]
-            try:
-                recorded = self.ledger.record(verdict.result)
-            except sqlite3.Error as error:
-                self.log.failure(error, process="main", step="ledger")
-                self._ledger_fault = "the ledger cannot be written; see the disk"
-                return
-            self._ledger_fault = None
+            recorded = self.ledger.record(verdict.result)
             self._unwritten.popleft()
             if recorded.new:
                 self._show(verdict)
+        if self._ledger_fault is not None:
+            self.ledger.last_number()
+            self._ledger_fault = None
 
     def _show(self, verdict: Verdicts) -> None:
         """Tell the world what is in the ledger now."""
@@ -508,8 +533,11 @@ class App:
         if time.monotonic() < self._slow_due or self.spool is None:
             return
         self._slow_due = time.monotonic() + SLOW_TURN_S
-        self._measure(self.spool)
-        self._retire()
+        try:
+            self._measure(self.spool)
+            self._retire()
+        except OSError as error:  # a full or failing disk must not end the main loop
+            self.log.failure(error, process="main", step="housekeeping")
 
     def _measure(self, spool: SpoolReader) -> None:
         """Disk, memory and clock."""

@@ -50,6 +50,9 @@ class Book(Protocol):
     def last_result(self, stack_ref: str) -> Last | None:
         """The newest result of a stack."""
 
+    def seen(self, result_id: str) -> bool:
+        """Whether a result was written."""
+
     def strike(self, stack_ref: str) -> int:
         """Count a death of the scorer while it held this stack, and say how many there are."""
 
@@ -147,6 +150,7 @@ class Flow:
         book: the ledger.
         site_calibration: (model hash, scanner, rule) -> the site's own numbers, or None.
         served: the model in use; None until it is loaded.
+        on_failure: told of an error that a single instance caused.
     """
 
     settings: Settings
@@ -156,6 +160,7 @@ class Flow:
     book: Book
     site_calibration: Callable[[str, str, str], SiteCalibration | None]
     served: Served | None = None
+    on_failure: Callable[[BaseException], None] = lambda _: None
     replaying: bool = True
     waiting: deque[_Waiting] = field(default_factory=deque)
     queue: dict[str, Job] = field(default_factory=dict)
@@ -165,7 +170,7 @@ class Flow:
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
     _by_position: dict[int, _Waiting] = field(default_factory=dict)
     _outcomes: OrderedDict[tuple[str, str], Scored] = field(default_factory=OrderedDict)
-    _held_back: dict[str, Action] = field(default_factory=dict)
+    _asked: dict[str, Action] = field(default_factory=dict)
     _exam_seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
     _jobs: int = 0
     _replayed_at: float = 0.0
@@ -195,19 +200,23 @@ class Flow:
             at = self._time_of(waiting.record, now)
             self._recent.append((at, waiting.record.position))
             if self.replaying:
-                yield from self._act(self.assembly.on_time(at), at)
-            yield from self._act(self._apply_one(waiting, at), at)
+                self._ask(self.assembly.on_time(at))
+            self._ask(self._apply_one(waiting, at))
+        yield from self._act(now)
 
     def apply_time(self, now: float) -> Iterator[Verdicts]:
         """Let time pass; not while records wait, whose arrival counts before the silence after them."""
         if not self.waiting and not self.replaying:
-            yield from self._act(self.assembly.on_time(now), now)
+            self._ask(self.assembly.on_time(now))
+        yield from self._act(now)
+
+    def next_deadline(self) -> float | None:
+        """When time alone changes something; None while records wait."""
+        return None if self.waiting or self.replaying else self.assembly.next_deadline()
 
     def end_replay(self, now: float) -> Iterator[Verdicts]:
         """All records from before this start are applied: act on what is new among what they say."""
         self.replaying = False
-        held, self._held_back = list(self._held_back.values()), {}
-        yield from self._act(held, now)
         yield from self.apply_time(now)
 
     def judged_before(self, now: float) -> int:
@@ -234,10 +243,14 @@ class Flow:
         if isinstance(header, Header):
             self._note_exam(waiting.record.scanner, header.study_uid, at)
             self._note_arrival(waiting.record.scanner, header, at)
-            return self.assembly.on_instance(waiting.record, header, at)
-        if isinstance(header, Reason):
-            return self.assembly.on_instance(waiting.record, Refusal(header.code, header.text), at)
-        return []
+        if header is None:
+            return []
+        facts = header if isinstance(header, Header) else Refusal(header.code, header.text)
+        try:
+            return self.assembly.on_instance(waiting.record, facts, at)
+        except Exception as error:  # noqa: BLE001  (border: one strange header must not end the main loop at every start)
+            self.on_failure(error)
+            return []
 
     def _note_arrival(self, scanner: str, header: Header, at: float) -> None:
         found = self.arriving.get(scanner)
@@ -279,42 +292,46 @@ class Flow:
 
     # --- actions ------------------------------------------------------------------------------------------------------
 
-    def _act(self, actions: list[Action], now: float) -> Iterator[Verdicts]:
-        """Act on the newest word about each stack; in a replay, only once all has been read."""
-        for key, action in {action.stack.key: action for action in actions}.items():
-            if self.replaying:
-                self._held_back[key] = action
-            else:
-                yield from self._act_on(action, now)
+    def _ask(self, actions: list[Action]) -> None:
+        """Note the newest word about each stack."""
+        self._asked |= {action.stack.key: action for action in actions}
 
-    def _act_on(self, action: Action, now: float) -> Iterator[Verdicts]:
+    def _act(self, now: float) -> Iterator[Verdicts]:
+        """Act on what was asked; in a replay, only once all has been read. What fails stays asked."""
+        while self._asked and not self.replaying:
+            key, action = next(iter(self._asked.items()))
+            verdict = self._act_on(action, now)
+            del self._asked[key]
+            if verdict is not None:
+                yield verdict
+
+    def _act_on(self, action: Action, now: float) -> Verdicts | None:
         """Refuse, reuse what is known, or ask for scores."""
-        content = content_hash(action.stack)
+        key, content = action.stack.key, content_hash(action.stack)
         if self._is_known(action, content):
-            self.queue.pop(action.stack.key, None)
-            return
+            self.queue.pop(key, None)
+            return None
         rule = match_rule(action.stack, self.rules)
-        if isinstance(action, Refuse) or isinstance(rule, Reason):
-            self.queue.pop(action.stack.key, None)
-            reason = action.reason if isinstance(action, Refuse) else rule if isinstance(rule, Reason) else None
-            yield self._verdict(action, None, Scored(None, reason), content, now)
-            return
-        known = self._outcomes.get((action.stack.key, content))
-        if known is not None:
-            self.queue.pop(action.stack.key, None)
-            yield self._verdict(action, rule, known, content, now)
-            return
-        self._jobs += 1
-        self.queue[action.stack.key] = Job(self._jobs, action, rule, content, now)
+        known = self._outcomes.get((key, content))
+        if isinstance(action, Refuse):
+            known = Scored(None, action.reason)
+        elif isinstance(rule, Reason):
+            known = Scored(None, rule)
+        elif known is None:
+            self._jobs += 1
+            self.queue[key] = Job(self._jobs, action, rule, content, now)
+            return None
+        verdict = self._verdict(action, rule if isinstance(rule, Rule) else None, known, content, now)
+        self.queue.pop(key, None)
+        return verdict
 
     def _is_known(self, action: Action, content: str) -> bool:
         """Whether the ledger holds this very result, or the final one of the same content."""
         identity = self.identity(action.stack)
         last = self.book.last_result(identity.stack_ref)
-        if last is None:
-            return False
         finals = (True,) if action.final else (True, False)
-        return last.id in {self.result_id(identity, last.revision, final, content) for final in finals}
+        revisions = range(1, last.revision + 1) if last is not None else ()
+        return any(self.book.seen(self.result_id(identity, r, f, content)) for r in revisions for f in finals)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -337,24 +354,22 @@ class Flow:
         job, self.running = self.running, None
         if job is None or job.number != number:
             return
-        key = (job.stack.key, job.content)
-        self._outcomes[key] = scored
+        self._outcomes[job.stack.key, job.content] = scored
         while len(self._outcomes) > KEPT_OUTCOMES:
             self._outcomes.popitem(last=False)
-        newer = self.queue.get(job.stack.key)
-        if newer is None:
-            yield self._verdict(job.action, job.rule, scored, job.content, now)
-        elif newer.content == job.content:
-            del self.queue[job.stack.key]
-            yield self._verdict(newer.action, newer.rule, scored, newer.content, now)
+        newer = self.queue.get(job.stack.key, job)
+        if newer.content == job.content:
+            self.queue.pop(job.stack.key, None)
+            self._asked.setdefault(job.stack.key, newer.action)
+        yield from self._act(now)
 
     def scorer_died(self, now: float) -> Iterator[Verdicts]:
         """The scorer ended: try its job again, or set the series aside after too many times."""
         job, self.running = self.running, None
         if job is None:
             return
+        self.queue.setdefault(job.stack.key, job)
         if self.book.strike(self.identity(job.stack).stack_ref) < self.settings.model.strikes:
-            self.queue.setdefault(job.stack.key, job)
             return
         self.running = job
         yield from self.scored(job.number, Scored(None, Reason("scorer_crashed", REASONS["scorer_crashed"])), now)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from daemon.config import Settings
 from daemon.header import Header, read_header
-from daemon.spool import SpoolReader, StoredInstance
+from daemon.reasons import REASONS
+from daemon.spool import SpoolError, SpoolReader, StoredInstance
 from daemon.words import Reason, Refusal
 
 CPU_LIMIT_S = 20
@@ -56,3 +57,5 @@ def _header(stored: StoredInstance, part10: Callable[[StoredInstance], bytes]) -
         return read_header(part10(stored))
     except Refusal as refusal:
         return refusal.reason
+    except SpoolError:
+        return Reason("bad_header", REASONS["bad_header"])

@@ -15,9 +15,10 @@ import pytest
 
 from daemon.child import Child
 from daemon.config import Settings, load
-from daemon.spool import SpoolWriter
+from daemon.spool import SpoolWriter, StoredInstance
+from tests.serving import patience
 
-LIMIT_S = 30.0
+LIMIT_S = patience(30.0)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -95,10 +96,14 @@ def test_a_child_stops_when_told(reader: Child) -> None:
 def test_a_child_does_not_stop_at_the_signals_of_the_terminal(reader: Child, settings: Settings) -> None:
     """Ctrl-C and a service manager's SIGTERM reach the whole group; the main process alone decides."""
     assert reader.process is not None
-    reader.send({"kind": "read", "instances": []})
-    reader.process.send_signal(signal.SIGINT)
-    reader.process.send_signal(signal.SIGTERM)
-    assert reader.process.poll() is None
+    lost = StoredInstance(1, 1, 4096, 10, "0" * 64, "1.2", "1.2.3", "1.2.840.10008.1.2.1", "unknown", 1, 0.0)
+    for _ in range(2):
+        reader.send({"kind": "read", "instances": [lost]})
+        assert wait([reader.control], LIMIT_S)
+        (answer,) = reader.receive()
+        assert answer["header"].code == "bad_header"
+        reader.process.send_signal(signal.SIGINT)
+        reader.process.send_signal(signal.SIGTERM)
 
 
 def test_children_die_with_the_main_process(tmp_path: Path) -> None:

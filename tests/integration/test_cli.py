@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from daemon.__main__ import COMMANDS
+from tests.serving import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,7 +22,7 @@ def rescan(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=patience(60),
         env={**os.environ, "XDG_STATE_HOME": "/nonexistent"},
     )
 

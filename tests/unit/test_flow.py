@@ -7,6 +7,8 @@ import hashlib
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from daemon.config import AlertMode, CompletenessSettings, Settings
 from daemon.flow import Flow, Served, Verdicts
 from daemon.header import CLASSIC, Frame, Header
@@ -35,6 +37,9 @@ class Book:
     def last_result(self, stack_ref: str) -> Last | None:
         found = [r for r in self.results if r["stack_ref"] == stack_ref]
         return Last(found[-1]["id"], found[-1]["revision"], found[-1]["final"]) if found else None
+
+    def seen(self, result_id: str) -> bool:
+        return any(r["id"] == result_id for r in self.results)
 
     def strike(self, stack_ref: str) -> int:
         self.strikes[stack_ref] = self.strikes.get(stack_ref, 0) + 1
@@ -86,6 +91,13 @@ class Table:
         self.headers[record.position] = facts
         self.flow.add(record)
         self.answer(record)
+        self.write(self.flow.apply(self.now))
+
+    def release(self, association: int) -> None:
+        for number in {1, association}:
+            ended = AssociationEnded(len(self.records) + 1, number, "unknown", self.now, released=True)
+            self.records.append(ended)
+            self.flow.add(ended)
         self.write(self.flow.apply(self.now))
 
     def wait(self, seconds: float) -> list[Verdicts]:
@@ -357,3 +369,61 @@ def test_the_protocol_is_told_as_a_keyed_hash() -> None:
     (told,) = table.score()
     assert len(told.result["series"]["protocol_ref"]) == 32
     assert "CANARY" not in str(told.result)
+
+
+def test_a_restart_in_the_middle_of_a_revision_does_not_repeat_the_one_before() -> None:
+    """The ledger ends with a provisional result of revision 2; the final one of revision 1 is not told again."""
+    table = Table()
+    table.arrive(range(SLICES))
+    table.wait(66)
+    table.score()
+    table.now += 100
+    table.arrive(range(SLICES, SLICES + 1), association=2)
+    table.release(association=2)
+    table.wait(10)
+    table.score()
+    assert table.told() == [(True, 1), (False, 2)]
+    table.restart()
+    table.wait(61)
+    table.score()
+    assert table.told() == [(True, 1), (False, 2), (True, 2)]
+
+
+def test_an_answer_that_the_ledger_cannot_take_yet_is_told_later() -> None:
+    """A ledger that cannot be read for a moment loses no verdict."""
+    table = Table()
+    table.arrive(range(SLICES))
+    table.wait(66)
+    job = table.flow.next_job()
+    assert job is not None
+    healthy, table.flow.book = table.flow.book, Broken()
+    with pytest.raises(OSError, match="locked"):
+        table.write(table.flow.scored(job.number, SCORED, table.now))
+    table.flow.book = healthy
+    table.wait(1)
+    assert table.told() == [(True, 1)]
+
+
+class Broken(Book):
+    def last_result(self, stack_ref: str) -> Last | None:
+        raise OSError("locked")
+
+
+def test_a_header_that_breaks_the_assembly_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One strange instance does not end the main loop."""
+    table = Table()
+    failures: list[BaseException] = []
+    table.flow.on_failure = failures.append
+    whole = table.flow.assembly.on_instance
+
+    def breaks(record: StoredInstance, facts: Any, now: float) -> Any:
+        if record.position == 1:
+            raise ZeroDivisionError
+        return whole(record, facts, now)
+
+    monkeypatch.setattr(table.flow.assembly, "on_instance", breaks)
+    table.arrive(range(SLICES))
+    table.wait(66)
+    (told,) = table.score()
+    assert len(failures) == 1
+    assert told.result["evidence"]["instances"] == SLICES - 1
