@@ -191,10 +191,14 @@ class Publisher:
                     self._hear_subscriptions()
                 if self._router in ready:
                     self._answer_requests()
+                with contextlib.suppress(
+                    sqlite3.Error
+                ):  # a full or failing disk: the log is read again at the next turn
+                    self._send_news()
+                    self._send_open_alerts()
+                    self._beat()
+            with contextlib.suppress(sqlite3.Error):
                 self._send_news()
-                self._send_open_alerts()
-                self._beat()
-            self._send_news()
         finally:
             self._pub.close()
             self._router.close()
@@ -280,7 +284,7 @@ class Publisher:
         try:
             if op == "ACK":
                 return self._acknowledge(request, tag, frame)
-            if op in handlers:
+            if isinstance(op, str) and op in handlers:
                 return handlers[op](request, tag)
         except sqlite3.Error:
             return _error(tag, "UNAVAILABLE", "the ledger cannot be read or written now; ask again")
