@@ -67,7 +67,7 @@ class Profile:
 CPU = Profile(
     widths=(16, 24, 32, 64, 64),
     crops=((64, 80, 64), (48, 64, 48), (48, 64, 64)),
-    steps=(1800, 300, 2200),
+    steps=(1800, 240, 1700),
     rate=3e-3,
     eps=0.05,
     segments=4,
@@ -77,7 +77,7 @@ CPU = Profile(
     ranges="product",
     free_contrast=0.05,
     flips=(0.5, 0.0, 0.0),
-    validate_every=400,
+    validate_every=240,
     autocast=True,
 )
 

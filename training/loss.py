@@ -19,6 +19,9 @@ LIKELIHOODS: tuple[Likelihood, ...] = ("paper", "exact", "faithful")
 SSIM_WEIGHT = 0.1
 """lambda in Eq. 7."""
 
+CE_MAX = 5.0
+"""A voxel that is wrong with more certainty than this teaches the variance no more."""
+
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 
 
@@ -58,8 +61,10 @@ def heteroscedastic(
         eps: added once, to the total, in both terms (L3, L5).
         form: `paper`: Eq. 4, CE / (s2 + eps) + 0.5 log(s2 + eps), whose minimum over s2 lies at s2 + eps = 2 CE;
             `exact`: CE of softmax(f / (s2 + eps)) (Eq. 1 and 2 without the approximation);
-            `faithful`: Eq. 4 with the cross entropy held fixed, plus the plain cross entropy, so that uncertain voxels
-            teach the segmentation as much as certain ones (after Stirn et al. 2023).
+            `faithful`: the plain cross entropy for the segmentation, plus the squared distance of s2 + eps from Eq. 4's
+            own minimum, 2 CE, with the cross entropy held fixed (after Stirn et al. 2023, and Seitzer et al. 2022 with
+            beta = 2). Eq. 4 itself weighs a voxel by 1 / (s2 + eps)^2: a few wrong voxels in the air then outweigh the
+            cortex a thousandfold, and no artefact's part is learnt (docs/decisions/0011).
 
     Returns:
         (N, D, H, W) both.
@@ -72,7 +77,7 @@ def heteroscedastic(
     if form == "paper":
         return ce / total + 0.5 * torch.log(total), ce
     if form == "faithful":
-        return ce + ce.detach() / total + 0.5 * torch.log(total), ce
+        return ce + 0.25 * (total - 2.0 * ce.detach().clamp_max(CE_MAX)).square(), ce
     if form == "exact":
         return F.cross_entropy(logits / total.unsqueeze(1), labels, reduction="none"), ce
     raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {form!r}")

@@ -35,20 +35,21 @@ def test_likelihood_matches_the_oracle(batch: dict[str, torch.Tensor], form: str
     expected = {
         "paper": ce / s2 + 0.5 * np.log(s2),
         "exact": numpy_ce(f / s2[:, None], y),
-        "faithful": ce + ce / s2 + 0.5 * np.log(s2),
+        "faithful": ce + 0.25 * (s2 - 2 * ce) ** 2,
     }[form]
     got, plain = L.heteroscedastic(batch["logits"], batch["labels"], batch["variance"], eps, form)
     assert np.allclose(got.numpy(), expected, atol=1e-12)
     assert np.allclose(plain.numpy(), ce, atol=1e-12)
 
 
-def test_minimum_of_equation_4() -> None:
-    """Over sigma^2, CE / (s2 + eps) + 0.5 log(s2 + eps) is least at s2 + eps = 2 CE."""
+@pytest.mark.parametrize("form", ["paper", "faithful"])
+def test_minimum_of_equation_4(form: str) -> None:
+    """Over sigma^2, CE / (s2 + eps) + 0.5 log(s2 + eps) is least at s2 + eps = 2 CE; the faithful form shares it."""
     eps = 0.05
     logits = torch.tensor([[0.3, -0.4]], dtype=torch.float64).reshape(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 20001)
     labels = torch.zeros((1, 1, 1, 20001), dtype=torch.long)
     s2 = torch.linspace(0.0, 4.0, 20001, dtype=torch.float64).reshape(1, 1, 1, -1)
-    value, ce = L.heteroscedastic(logits, labels, s2, eps, "paper")
+    value, ce = L.heteroscedastic(logits, labels, s2, eps, form)
     best = float(s2.flatten()[value.flatten().argmin()])
     assert best + eps == pytest.approx(2 * float(ce.flatten()[0]), abs=3e-4)
 

@@ -139,7 +139,7 @@ def made_items(subjects: list[Any], seed: int, draws: int = 1) -> Iterator[Item]
         yield Item(f"drowned-{i}", "head in noise at -40 dB", allowed, partial(_drowned, maker, i))
     bodies: dict[str, Callable[[Generator], Volume]] = {
         "sphere": sphere,
-        "box": brick,
+        "box": box_body,
         "cylinder": cylinder,
         "pure noise": noise,
     }
@@ -223,7 +223,7 @@ def sphere(rng: Generator) -> Volume:
     return _body((x**2 + y**2 + z**2 < float(rng.uniform(75, 88)) ** 2).astype(float), volume, rng)
 
 
-def brick(rng: Generator) -> Volume:
+def box_body(rng: Generator) -> Volume:
     """A box of the size of a head."""
     x, y, z, volume = _grid(rng)
     inside = (np.abs(x) < rng.uniform(60, 75)) & (np.abs(y) < rng.uniform(70, 85)) & (np.abs(z) < rng.uniform(65, 80))
