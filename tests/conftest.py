@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import socket
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -20,21 +19,33 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-TORCH_MISSING = importlib.util.find_spec("torch") is None or bool(os.environ.get("RESCAN_TEST_WITHOUT_TORCH"))
-_NEEDS_TORCH = re.compile(
-    r"^\s*(import torch|from torch|import training|from training|import export|from export)\b", re.M
-)
-_left_out: list[str] = []
+if os.environ.get("RESCAN_TEST_WITHOUT_TORCH"):
+    sys.modules["torch"] = None  # type: ignore[assignment]
+_NO_TORCH = ("No module named 'torch'", "import of torch halted")
+_NO_TORCH_REASON = "torch is not installed; `make test` installs it"
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out the files that import torch, directly or through `training` and `export`, where it is not installed."""
-    if not TORCH_MISSING or collection_path.suffix != ".py" or collection_path == Path(__file__):
-        return None
-    if _NEEDS_TORCH.search(collection_path.read_text(encoding="utf-8")):
-        _left_out.append(collection_path.name)
-        return True
-    return None
+def _skip_without_torch(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """What failed only because torch is missing, directly or through `training` and `export`, was skipped."""
+    if report.outcome == "failed" and any(text in str(report.longrepr) for text in _NO_TORCH):
+        report.outcome = "skipped"
+        report.longrepr = (str(report.nodeid), 0, f"Skipped: {_NO_TORCH_REASON}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Files that import torch."""
+    report = yield
+    _skip_without_torch(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tests that import torch themselves."""
+    report = yield
+    _skip_without_torch(report)
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,8 +64,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         reasons[text.removeprefix("Skipped: ")] += 1
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"not run here: {count} x {reason}")
-    if _left_out:
-        terminalreporter.write_line(f"not run here: torch is not installed, so {len(_left_out)} files were left out")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
+from daemon.config import Engine
 from daemon.demo.anatomy import AnatomyMissing, Stream, draw_head, head_seed
 from daemon.demo.artefacts import SPIKE_MAGNITUDE, mean_displacement_mm, with_motion, with_spike
 from daemon.demo.hosted import LOG_FILE, QUIET_FINAL_S, DemoError, Hosted, Verdicts
@@ -106,6 +107,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--out", type=Path, default=Path("demo-out"), metavar="DIR", help="pictures (default: demo-out)"
     )
     parser.add_argument("--keep", action="store_true", help="leave the daemon running afterwards")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="the student (default: the one that ships)")
+    parser.add_argument("--engine", choices=[*Engine], help="what runs the student (default: auto)")
     parser.set_defaults(func=run)
 
 
@@ -117,7 +120,10 @@ def run(args: argparse.Namespace) -> int:
         progress.say(f"rescan demo: needs {' and '.join(missing)}; install the extra `demo`")
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
-    hosted = Hosted(Path(tempfile.mkdtemp(prefix="rescan-demo-")))
+    flags = [
+        part for name in ("model", "engine") if (value := getattr(args, name)) for part in (f"--{name}", str(value))
+    ]
+    hosted = Hosted(Path(tempfile.mkdtemp(prefix="rescan-demo-")), flags)
     keep = False
     try:
         outcomes = show(hosted, args.out, progress)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,14 @@ class Hosted:
     """One `rescan serve`, from start to stop.
 
     Attributes:
-        state: its state folder.
+        state: its state folder; made before.
         ports: where it listens; known after `start`.
         pid: of its main process.
     """
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, flags: Sequence[str] = ()) -> None:
         self.state = state
+        self._flags = flags
         self.ports = Ports(0, 0, 0, 0)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +74,7 @@ class Hosted:
         loopback = "127.0.0.1:0"
         command = [sys.executable, "-m", "daemon", "serve", "--config", str(config), "--state", str(self.state)]
         command += ["--dicom", loopback, "--http", loopback]
-        command += ["--events", f"tcp://{loopback}", "--replay", f"tcp://{loopback}"]
+        command += ["--events", f"tcp://{loopback}", "--replay", f"tcp://{loopback}", *self._flags]
         with (self.state / LOG_FILE).open("wb") as log:
             # A session of its own: Ctrl-C reaches the demo alone, which then stops the daemon in order.
             self._process = subprocess.Popen(
@@ -163,7 +166,7 @@ class Verdicts:
         Raises:
             DemoError: nothing was heard.
         """
-        if not self._socket.poll(limit_s * 1000):
+        if not self._socket.poll(round(limit_s * 1000)):
             raise DemoError(f"no heartbeat of the daemon was heard within {limit_s:g} s; see its log")
 
     def next(self, limit_s: float) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class Verdicts:
             DemoError: none came in time.
         """
         deadline = time.monotonic() + limit_s
-        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(left * 1000):
+        while (left := deadline - time.monotonic()) > 0 and self._socket.poll(math.ceil(left * 1000)):
             topic, body = self._socket.recv_multipart()
             if topic.decode() == HEARTBEAT_TOPIC:
                 continue
