@@ -27,8 +27,8 @@ from daemon.words import Verdict, Volume
 HEAD, SCAN = 0, 1
 """Indices in the demo's stream of seeds: the head, and how it was scanned. Chosen once, never by a verdict."""
 
-VERDICT_LIMIT_S = 180.0
-PICTURE_LIMIT_S = 30.0
+VERDICT_LIMIT_S = 300.0
+PICTURE_LIMIT_S = 60.0
 CALLING = "DEMO_MR"
 
 

@@ -21,8 +21,8 @@ from daemon.events import HEARTBEAT_TOPIC, subscription_of
 QUIET_FINAL_S = 6.0
 """Silence after which a verdict is final, in the demo alone; a daemon at a scanner waits longer (`rescan config`)."""
 
-LISTEN_LIMIT_S = 30.0
-READY_LIMIT_S = 180.0
+LISTEN_LIMIT_S = 120.0
+READY_LIMIT_S = 300.0
 STOP_LIMIT_S = 30.0
 LOOK_S = 0.1
 
@@ -160,7 +160,7 @@ class Verdicts:
         self._socket.close(linger=0)
         self._context.term()
 
-    def wait_connected(self, limit_s: float = 15.0) -> None:
+    def wait_connected(self, limit_s: float = 60.0) -> None:
         """Wait for the first message of any kind: from then on nothing is missed.
 
         Raises:
