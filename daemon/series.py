@@ -324,6 +324,7 @@ class _Count:
 
     expected: int
     uids: set[str] = field(default_factory=set)
+    stacks: dict[str, _Open] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -561,6 +562,10 @@ class Assembly:
         count.uids.add(header.sop_instance_uid)
         for stack in touched:
             stack.count = count
+            count.stacks[stack.key] = stack
+        if len(count.uids) == count.expected:
+            for stack in count.stacks.values():
+                self._schedule(stack)
 
     def _feed(self, stored: StoredInstance, stacks: Iterable[_Open]) -> None:
         """Remember which association feeds which stacks."""
@@ -635,15 +640,17 @@ class Assembly:
             return stack.last_at + FORGET_S, None
         times = self._times
         quiet = self.quiet_s(stack.scanner, stack.longest_gap_s)
-        due = {Event.QUIET_FINAL: stack.last_at + max(times.quiet_final_s, quiet)}
-        due[Event.TIMEOUT] = stack.opened_at + times.max_open_s
+        due: dict[Event, float] = {}
         if stack.state is State.OPEN:
-            due[Event.QUIET] = stack.last_at + quiet
-            pause = GAP_FACTOR * stack.longest_gap_s
+            # The strongest evidence first: it is told where several become due together.
             if self._is_counted(stack):
                 due[Event.COUNTED] = stack.last_at + times.counted_s
             if stack.clean and not stack.feeding:
-                due[Event.RELEASED] = max(stack.last_at + max(times.released_s, pause), stack.ended_at)
+                pause = max(times.released_s, GAP_FACTOR * stack.longest_gap_s)
+                due[Event.RELEASED] = max(stack.last_at + pause, stack.ended_at)
+            due[Event.QUIET] = stack.last_at + quiet
+        due[Event.QUIET_FINAL] = stack.last_at + max(times.quiet_final_s, quiet)
+        due[Event.TIMEOUT] = stack.opened_at + times.max_open_s
         event = min((e for e in due if e not in stack.tried), key=lambda e: due[e], default=None)
         return (stack.last_at + FORGET_S, None) if event is None else (due[event], event)
 
@@ -743,6 +750,8 @@ class Assembly:
                 del self._twins[stack.twins]
         for name in stack.names:
             self._exact.pop(name, None)
+        if stack.count is not None:
+            stack.count.stacks.pop(stack.key, None)
         group = self._groups[stack.group]
         group.remove(stack)
         for sop_instance_uid, _ in stack.held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from daemon.dicom_write import Plan, classic_series, enhanced_image
+from daemon.config import Settings
+from daemon.dicom_write import Plan, classic_series, enhanced_image, part10
+from daemon.header import Header, read_header
+from daemon.series import Action, Assembly, Stack, stacks_of
+from daemon.spool import AssociationEnded, StoredInstance
+from daemon.volume import build_volume
 from daemon.words import Volume
 
 SMALL_SHAPE = (128, 112, 96)
@@ -111,3 +117,95 @@ def every(datasets: Iterable[Dataset], **values: Any) -> list[Dataset]:
             else:
                 setattr(ds, keyword, value)
     return changed
+
+
+# --- Feeding an assembly without a network, a spool or a clock ---------------------------------------------------------
+
+
+def little_stack(slices: int = 12, side: int = 8, **overrides: Any) -> list[Dataset]:
+    """A few small sagittal slices, 2.5 mm apart: enough for a geometry, cheap to make."""
+    rng = np.random.default_rng(3)
+    volume = rng.integers(1, 2000, (side, side, slices)).astype(np.uint16)
+    return build_classic_series(volume, (2.5, 2.5, 2.5), **overrides)
+
+
+def instance_of(
+    ds: Dataset, *, position: int = 1, association: int = 1, at: float = 0.0, scanner: str = "mr1"
+) -> tuple[StoredInstance, Header]:
+    """What the spool and the reader would make of an image."""
+    data = part10(ds)
+    stored = StoredInstance(
+        position=position,
+        segment=0,
+        offset=0,
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        sop_class_uid=str(ds.SOPClassUID),
+        sop_instance_uid=str(ds.SOPInstanceUID),
+        transfer_syntax_uid=str(ds.file_meta.TransferSyntaxUID),
+        scanner=scanner,
+        association=association,
+        received_at=at,
+    )
+    return stored, read_header(data)
+
+
+class Feed:
+    """An assembly with a clock that the test turns."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.assembly = Assembly(settings or Settings())
+        self.now = 1000.0
+        self.actions: list[Action] = []
+        self.data: dict[str, bytes] = {}
+        self._position = 0
+
+    def send(
+        self, datasets: Iterable[Dataset], *, association: int = 1, every_s: float = 0.01, scanner: str = "mr1"
+    ) -> Feed:
+        """Images arrive one after the other."""
+        for ds in datasets:
+            self.wait(every_s)
+            self._position += 1
+            stored, header = instance_of(
+                ds, position=self._position, association=association, at=self.now, scanner=scanner
+            )
+            self.data[stored.sha256] = part10(ds)
+            self.actions += self.assembly.on_instance(stored, header, self.now)
+        return self
+
+    def end(self, association: int = 1, *, released: bool = True) -> Feed:
+        """The association ends."""
+        self._position += 1
+        ended = AssociationEnded(self._position, association, "mr1", self.now, released)
+        self.actions += self.assembly.on_association_ended(ended, self.now)
+        return self
+
+    def wait(self, seconds: float) -> Feed:
+        """Time passes; deadlines on the way are met when they come."""
+        until = self.now + seconds
+        while (due := self.assembly.next_deadline()) is not None and due <= until:
+            self.now = max(self.now, due)
+            self.actions += self.assembly.on_time(self.now)
+        self.now = until
+        return self
+
+    def take(self) -> list[Action]:
+        """The actions since the last call."""
+        actions, self.actions = self.actions, []
+        return actions
+
+    def volume(self, action: Action) -> Volume:
+        """Decode the stack of an action."""
+        return build_volume(action.stack, lambda stored: self.data[stored.sha256])
+
+
+def stacks_in(datasets: Iterable[Dataset]) -> list[Stack]:
+    """The stacks in some images, as in a folder."""
+    return stacks_of(instance_of(ds, position=n) for n, ds in enumerate(datasets, 1))
+
+
+def build(stack: Stack, datasets: Iterable[Dataset]) -> Volume:
+    """Decode a stack of some images."""
+    data = {instance_of(ds)[0].sha256: part10(ds) for ds in datasets}
+    return build_volume(stack, lambda stored: data[stored.sha256])
