@@ -52,6 +52,7 @@ class Plan:
         engine: of an exported student.
         calibration: for a checkpoint that carries none.
         resamples: of every bootstrap.
+        limit: scans per set, clean ones first; None takes all.
     """
 
     student: Path
@@ -67,10 +68,11 @@ class Plan:
     engine: str
     calibration: Calibration | None
     resamples: int
+    limit: int | None = None
 
 
 def evaluate(plan: Plan) -> dict[str, Any]:
-    """Make scans, run the networks, compute, write `report.html`, `metrics.json` and `tables.md`.
+    """Make scans, run the networks, compute, write `report.html`, `metrics.json`, `card.json` and `tables.md`.
 
     Returns:
         What `metrics.json` holds.
@@ -83,7 +85,10 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     make_sets_side_by_side(plan.workers, root, plan.sets, plan.sources, plan.shared, severities, plan.small)
     runner = open_runner(plan.student, plan.engine)
     card = _card(plan)
-    seen = {group: observe(runner, root, cache, group, _bar(f"student {group}")) for group in plan.sets}
+    seen = {
+        group: observe(runner, root, cache, group, _bar(f"student {group}"), _first(root, group, plan.limit))
+        for group in plan.sets
+    }
     plan.out.mkdir(parents=True, exist_ok=True)
     _write_samples(plan, seen)
     reference = _observe_reference(plan, root, cache)
@@ -92,6 +97,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         group: [
             analysis.make_row(f, seen[group].get(f.name), card, reference.get(group, {}), ensemble, severities)
             for f in listed(root, group)
+            if f.refused or f.name in seen[group]
         ]
         for group in plan.sets
     }
@@ -101,8 +107,18 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     drawn = draw_figures(rows, metrics, runner, root)
     (plan.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     (plan.out / "report.html").write_text(report.page(metrics, drawn), encoding="utf-8")
+    facts = {"evaluation": card_facts(metrics)}
+    (plan.out / "card.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (plan.out / "tables.md").write_text(report.markdown(metrics), encoding="utf-8")
     return metrics
+
+
+def _first(root: Path, group: str, limit: int | None) -> set[str] | None:
+    """Names of the first scans of a set, clean ones first; None takes all."""
+    if limit is None:
+        return None
+    order = sorted((f for f in listed(root, group) if not f.refused), key=lambda f: (f.artefact != CLEAN, f.name))
+    return {f.name for f in order[:limit]}
 
 
 def _card(plan: Plan) -> Card:
@@ -187,6 +203,25 @@ def compute(rows: dict[str, list[Row]], card: Card, resamples: int) -> dict[str,
     return out
 
 
+def card_facts(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures that travel in the card: enough to judge the model by, without the tables."""
+    names = ("rho", "ci_low", "ci_high", "n", "n_anatomies", "aurc", "dice_clean", "refused")
+    out: dict[str, Any] = {
+        group: {k: metrics[group][k] for k in names if metrics[group].get(k) is not None}
+        for group in ("simulated", "independent", "real")
+        if group in metrics
+    }
+    parts, choice = metrics.get("decoupling", {}), metrics.get("decision", {})
+    out["decoupling"] = {k: parts[k] for k in ("matrix", "confusion", "diagonal_dominant") if k in parts}
+    out["decision"] = {
+        k: choice[k] for k in ("required_dice", "false_alarms", "sensitivity", "dice_mae", "n") if k in choice
+    }
+    out["error_bars"] = {k: v for k, v in metrics.get("error_bars", {}).items() if k == "coverage"}
+    out["goals"] = metrics.get("goals", [])
+    out["made"] = metrics.get("made", {})
+    return out
+
+
 def gaps(metrics: dict[str, Any]) -> dict[str, Any]:
     """What another simulator and another anatomy cost: differences of pooled rho to the simulated experiment."""
     base = metrics["simulated"].get("rho")
@@ -214,8 +249,8 @@ def draw_figures(rows: dict[str, list[Row]], metrics: dict[str, Any], runner: Ru
             out["Decoupling"] = figures.matrices(metrics["decoupling"])
     for group, title in (("independent", "independent simulator"), ("real", "real heads (as Fig. 8)")):
         if rows.get(group):
-            keys = ("artefact_uncertainty", "artefact_uncertainty_gm", "entropy", "snr", "cnr")
-            out[f"Dice against each measure, {title}"] = figures.scatter(rows[group], keys)
+            others = ("artefact_uncertainty", "artefact_uncertainty_gm", "entropy", "snr", "cnr")
+            out[f"Dice against each measure, {title}"] = figures.scatter(rows[group], others)
     if ladder:
         out["As Fig. 5: grey-matter volume with its interval over rising noise and blur"] = figures.error_bar_ladder(
             metrics["error_bars"]
@@ -272,6 +307,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument("--engine", default="auto", help="for an exported student: auto, openvino, cpu, cuda, tensorrt")
     p.add_argument("--calibration", type=Path, help="facts of `rescan-train calibrate`, for a checkpoint")
     p.add_argument("--resamples", type=int, default=2000, help="of every bootstrap (default %(default)s)")
+    p.add_argument(
+        "--limit", type=int, help="at most so many scans per set, clean ones first: for the temperature, or a look"
+    )
     p.set_defaults(func=_command)
 
 
@@ -296,6 +334,7 @@ def _command(args: argparse.Namespace) -> int:
         engine=args.engine,
         calibration=_read_calibration(args.calibration),
         resamples=args.resamples,
+        limit=args.limit,
     )
     metrics = evaluate(plan)
     for goal in metrics["goals"]:

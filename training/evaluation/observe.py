@@ -100,7 +100,8 @@ def _onnx_runner(path: Path, engine: str) -> Runner:
     from daemon.student import Student, StudentError
 
     try:
-        key = f"{path.stem}-{read_model(path).card.graph_sha256[:12]}"
+        # By the graph, not the file: a calibration that was embedded later changes nothing that a network sees.
+        key = f"graph-{read_model(path).card.graph_sha256[:12]}"
         student = Student.open(path, engine)
     except (CardError, StudentError) as error:
         raise ValueError(str(error)) from error
