@@ -171,6 +171,7 @@ MATCHABLE = (
     "TimeOfFlightContrast",
     "EchoPlanarPulseSequence",
     "ReceiveCoilName",
+    "AcquisitionDuration",
 )
 """Keywords of attributes that a selection rule may match beside those that have a key of their own. None tells who."""
 
@@ -183,6 +184,7 @@ _NUMERIC = frozenset(
         "NumberOfAverages",
         "SliceThickness",
         "SpacingBetweenSlices",
+        "AcquisitionDuration",
     ]
 )
 
