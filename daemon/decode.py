@@ -26,6 +26,7 @@ from pydicom.filereader import read_dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
+    HTJ2K,
     JPEG2000,
     UID,
     ExplicitVRBigEndian,
@@ -34,6 +35,8 @@ from pydicom.uid import (
     HTJ2KLosslessRPCL,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -61,13 +64,19 @@ TRANSFER_SYNTAXES: dict[str, str] = {
         JPEG2000: "JPEG 2000",
         HTJ2KLossless: "High-Throughput JPEG 2000 Lossless",
         HTJ2KLosslessRPCL: "High-Throughput JPEG 2000 Lossless (RPCL)",
+        HTJ2K: "High-Throughput JPEG 2000",
+        JPEGBaseline8Bit: "JPEG Baseline (process 1)",
+        JPEGExtended12Bit: "JPEG Extended (process 2 and 4)",
     }.items()
 }
 """Encodings whose pixels are read. Deflate is not among them: it could unfold without bound."""
 
 _UNCOMPRESSED = frozenset(map(str, (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)))
-_JPEG_FAMILY = frozenset(map(str, (JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless)))
-_J2K_FAMILY = frozenset(map(str, (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL)))
+_J2K_FAMILY = frozenset(map(str, (JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K)))
+_JPEG_FAMILY = frozenset(TRANSFER_SYNTAXES) - _UNCOMPRESSED - _J2K_FAMILY - {str(RLELossless)}
+
+_PLUGINS = {str(RLELossless): "pydicom"}
+"""Decoder to use where the fastest one will not do: pylibjpeg-rle 2.2 panics on damaged data, past every exception."""
 
 MAX_SIDE = 4096
 """Rows or columns beyond this are no MR image of a head."""
@@ -266,7 +275,7 @@ def _decoded(ds: Dataset, syntax: str, frames: int, plain: memoryview | None) ->
             return stored
         ds.PixelData = bytes(plain)
         ds["PixelData"].VR = "OW"
-    stored, _ = get_decoder(UID(syntax)).as_array(ds, raw=True)
+    stored, _ = get_decoder(UID(syntax)).as_array(ds, raw=True, decoding_plugin=_PLUGINS.get(syntax, ""))
     if stored.size != math.prod(shape):
         raise Refusal("bad_pixels", f"The decoder gave {stored.shape}; expected {shape}.")
     return np.asarray(stored).reshape(shape)
