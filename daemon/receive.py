@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from pydicom.uid import UID
 from pynetdicom import AllStoragePresentationContexts, build_context
@@ -30,6 +29,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from daemon.association import Answer, Association, Ended, Limits, Rejection, StoreRequest
 from daemon.config import UNKNOWN_SCANNER, DicomSettings, ScannerSettings, Settings
 from daemon.log import Log
+from daemon.reader import spool_folder
 from daemon.spool import Kept, SpoolError, SpoolFull, SpoolWriter
 
 TRANSFER_SYNTAXES = (
@@ -259,19 +259,23 @@ class Reports:
         """Raise a counter."""
         with self._lock:
             self._counts[metric, tuple(labels.items())] += amount  # type: ignore[assignment]
-        self._news.set()
+        self._wake()
 
     def value(self, metric: str, value: float, **labels: str) -> None:
         """Set a gauge, or add an observation to a histogram."""
         with self._lock:
             self._values.append((metric, tuple(labels.items()), value))
-        self._news.set()
+        self._wake()
 
     def stored(self, position: int) -> None:
         """Something up to this position can be followed in the spool."""
         with self._lock:
             self._position = max(self._position, position)
-        self._news.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._news.is_set():  # setting is costly, and most calls come while it is set
+            self._news.set()
 
     def close(self) -> None:
         """Send what is left."""
@@ -530,11 +534,6 @@ class Receiver:
 
 
 # --- The process ------------------------------------------------------------------------------------------------------
-
-
-def spool_folder(settings: Settings) -> Path:
-    """Where the spool lies."""
-    return settings.state / "spool"
 
 
 def open_spool(settings: Settings) -> SpoolWriter:

@@ -897,8 +897,16 @@ class SpoolReader:
             yield found
             offset = found.end
 
+    def _let_go_of_removed(self) -> None:
+        """Close files that retention has removed: while one is open, its disk space is not free."""
+        for number, (fd, _) in list(self._files.items()):
+            if os.fstat(fd).st_nlink == 0:
+                os.close(fd)
+                del self._files[number]
+
     def _file(self, number: int) -> tuple[int, _Segment] | None:
         """An open segment, or None where it is gone or its head is damaged."""
+        self._let_go_of_removed()
         if number in self._files:
             return self._files[number]
         try:

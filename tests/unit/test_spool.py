@@ -567,6 +567,21 @@ def test_retention_removes_only_what_is_judged_and_old(folder: Path) -> None:
     writer.close()
 
 
+def test_a_reader_lets_go_of_what_was_removed(folder: Path) -> None:
+    """A removed segment is closed at the next use, so that its disk space is really free; no file is kept open in vain."""
+    writer, reader = open_writer(folder), SpoolReader(folder)
+    first = put(writer, 1)
+    reader.read(first)
+    writer.seal_aged(0)
+    second = put(writer, 2)
+    remove_segments(folder, second.position, 0.0)
+    with pytest.raises(SpoolGone):
+        reader.read(first)
+    assert list(reader._files) == []
+    reader.close()
+    writer.close()
+
+
 def test_facts_tell_bytes_and_age(folder: Path) -> None:
     """The facts for metrics: bytes within the quota, free bytes of the disk, age of the oldest record."""
     writer = open_writer(folder, clock=lambda: 1000.0)
