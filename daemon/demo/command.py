@@ -21,7 +21,7 @@ from daemon.demo.hosted import LOG_FILE, QUIET_FINAL_S, DemoError, Hosted, Verdi
 from daemon.demo.paint import paint
 from daemon.demo.picture import write_picture
 from daemon.dicom_write import Plan, classic_series
-from daemon.send import Caller, SendError, Sent, store
+from daemon.send import SUCCESS, Caller, SendError, Sent, store
 from daemon.words import Verdict, Volume
 
 HEAD, SCAN = 0, 1
@@ -211,9 +211,11 @@ def push(datasets: list[Dataset], caller: Caller, name: str, progress: Progress)
     started = time.monotonic()
     for count, ds in enumerate(datasets, 1):
         status = store(assoc, ds, sent)
-        if status != 0:
+        if status != SUCCESS:
+            why = "the association was lost" if assoc.is_aborted or assoc.is_released else "the daemon did not take it"
             assoc.abort()
-            raise SendError(f"image {count} of {len(datasets)} was answered 0x{status & 0xFFFF:04X}, expected 0x0000")
+            answer = f"0x{status:04X}" if status > 0 else "nothing"
+            raise SendError(f"image {count} of {len(datasets)}: expected the answer 0x0000, got {answer}; {why}")
         progress.show(f"{name}: pushing {count} of {len(datasets)} images")
     last = time.monotonic()
     assoc.release()
