@@ -4,10 +4,10 @@
 import { byId, setText } from "./dom.js";
 import { clock } from "./words.js";
 
-const LIMIT_MS = 5000;
+const LIMIT_MS = 4500;
 const LOOK_MS = 250;
 const RETRY_MS = 1000;
-const GIVE_UP_MS = 8000;
+const GIVE_UP_MS = 7000;
 
 export class Live {
   constructor(onState) {
