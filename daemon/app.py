@@ -179,6 +179,7 @@ class App:
 
     def _move(self, spool: SpoolReader) -> None:
         """From the spool as far towards the ledger as things can go now."""
+        self.flow.clock_step_s = time.time() - self.now()
         self._take_records(spool)
         self._ask_for_headers()
         self._judge(self.flow.apply(self.now()))

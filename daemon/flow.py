@@ -151,6 +151,7 @@ class Flow:
         site_calibration: (model hash, scanner, rule) -> the site's own numbers, or None.
         served: the model in use; None until it is loaded.
         on_failure: told of an error that a single instance caused.
+        clock_step_s: how far the wall clock, which stamps records, is ahead of the main loop's clock, which never jumps.
     """
 
     settings: Settings
@@ -161,6 +162,7 @@ class Flow:
     site_calibration: Callable[[str, str, str], SiteCalibration | None]
     served: Served | None = None
     on_failure: Callable[[BaseException], None] = lambda _: None
+    clock_step_s: float = 0.0
     replaying: bool = True
     waiting: deque[_Waiting] = field(default_factory=deque)
     queue: dict[str, Job] = field(default_factory=dict)
@@ -173,7 +175,7 @@ class Flow:
     _asked: dict[str, Action] = field(default_factory=dict)
     _exam_seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
     _jobs: int = 0
-    _replayed_at: float = 0.0
+    _at: float = 0.0
     _settled: int = 0
 
     # --- records in ---------------------------------------------------------------------------------------------------
@@ -197,17 +199,17 @@ class Flow:
             self.waiting[0].header is not None or isinstance(self.waiting[0].record, AssociationEnded)
         ):
             waiting = self.waiting.popleft()
-            at = self._time_of(waiting.record, now)
+            self._at = at = self._time_of(waiting.record, now)
             self._recent.append((at, waiting.record.position))
-            if self.replaying:
-                self._ask(self.assembly.on_time(at))
+            self._ask(self.assembly.on_time(at))
             self._ask(self._apply_one(waiting, at))
         yield from self._act(now)
 
     def apply_time(self, now: float) -> Iterator[Verdicts]:
-        """Let time pass; not while records wait, whose arrival counts before the silence after them."""
-        if not self.waiting and not self.replaying:
-            self._ask(self.assembly.on_time(now))
+        """Let time pass: up to now, or to the arrival of the oldest record that waits, which counts before what is later."""
+        if not self.replaying:
+            self._at = self._time_of(self.waiting[0].record, now) if self.waiting else max(self._at, now)
+            self._ask(self.assembly.on_time(self._at))
         yield from self._act(now)
 
     def next_deadline(self) -> float | None:
@@ -284,11 +286,8 @@ class Flow:
             self._exam_seen.popitem(last=False)
 
     def _time_of(self, record: Record, now: float) -> float:
-        """Live, the moment of applying; in a replay, the moment of arrival, never running backwards."""
-        if not self.replaying:
-            return now
-        self._replayed_at = min(max(self._replayed_at, record.received_at), now)
-        return self._replayed_at
+        """When a record arrived, on the clock of the main loop: never backwards, never in the future."""
+        return max(self._at, min(record.received_at - self.clock_step_s, now))
 
     # --- actions ------------------------------------------------------------------------------------------------------
 

@@ -283,7 +283,7 @@ def test_the_newest_exam_is_scored_first() -> None:
     assert job.stack.study_uid == "2"
 
 
-def test_time_does_not_pass_while_records_wait() -> None:
+def test_time_does_not_pass_beyond_records_that_wait() -> None:
     """A slow header must not look like a silence of the scanner."""
     table = Table()
     table.arrive(range(SLICES))
@@ -294,9 +294,41 @@ def test_time_does_not_pass_while_records_wait() -> None:
     assert table.book.results == []
     table.flow.add_header(record.position, header(80, "1.1", "1"))
     table.write(table.flow.apply(table.now))
-    table.wait(61)
+    table.wait(1)
     (told,) = table.score()
     assert told.result["evidence"]["instances"] == SLICES + 1
+
+
+def test_a_flood_of_records_does_not_stop_the_clock() -> None:
+    """While there is always a record that waits, a series that has gone quiet is still judged in time."""
+    table = Table()
+    table.arrive(range(SLICES))
+    for number in range(70):
+        table.now += 1
+        table.arrive(range(number, number + 1), series="9.9", association=9)
+        table.flow.add(stored(10_000 + number, table.now, f"8.{number}", 8))
+        table.wait(0)
+        table.flow.add_header(10_000 + number, header(number, "8", "8"))
+        table.write(table.flow.apply(table.now))
+        if table.flow.queue:
+            break
+    assert number == 4
+    job = table.flow.next_job()
+    assert job is not None
+    assert job.stack.series_uid == "1.1"
+
+
+def test_a_step_of_the_wall_clock_is_neither_silence_nor_future() -> None:
+    """Records stamped an hour back or ahead count as just arrived."""
+    for step in (-3600.0, 3600.0):
+        table = Table()
+        table.flow.clock_step_s = step
+        for number in range(SLICES):
+            table.take(stored(number + 1, table.now + step, f"1.1.{number}", 1), header(number, "1.1", "1"))
+        table.wait(4)
+        assert table.flow.next_job() is None
+        table.wait(2)
+        assert table.flow.next_job() is not None
 
 
 def test_an_unreadable_instance_ends_as_a_refusal() -> None:
