@@ -31,7 +31,13 @@ STALE_AFTER_S = 5.0
 ANSWER_LIMIT_S = 2.0
 """Without an answer for so long, a request is made again."""
 
-RECEIVE_HIGH_WATER = 1000
+RECEIVE_HIGH_WATER = 0
+"""No limit: what is small and rare may wait in memory. A full queue that meets a reconnection ends the whole process in
+libzmq 4.3 (its issue 3937), and ZMTP heartbeats cut the connection of a reader that is merely slow; so there are none."""
+
+REOPEN_S = 10.0
+"""Silence after which, again and again, the sockets are made anew: the other end may be gone without a word."""
+
 MAX_TURN_MESSAGES = 500
 """Messages taken between two looks at requests and positions."""
 
@@ -191,7 +197,6 @@ class Positions:
         self.epoch: str | None = None
         self.past: set[str] = set()
         self.last = dict.fromkeys(streams, 0)
-        self.known = False
         self._dirty = False
         if file is not None and file.exists():
             self._read(file)
@@ -232,7 +237,6 @@ class Positions:
             raise ClientError(
                 f"{file}: not a position written by this version; remove it to handle the whole log again"
             ) from None
-        self.known = True
 
 
 # --- The client -------------------------------------------------------------------------------------------------------
@@ -274,9 +278,6 @@ class Endpoints:
         made.setsockopt(zmq.LINGER, 0)
         made.setsockopt(zmq.RECONNECT_IVL, 100)
         made.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        made.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
-        made.setsockopt(zmq.TCP_KEEPALIVE, 1)
         made.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER)
         if kind != zmq.SUB:
             made.setsockopt(zmq.IMMEDIATE, 1)
@@ -356,13 +357,7 @@ class Client:
         self._heard_at = clock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._endpoints = endpoints
-        self._dealer = endpoints.connect(self._context, zmq.DEALER, endpoints.replay)
-        self._sub = endpoints.connect(self._context, zmq.SUB, endpoints.publish)
-        for topic in (HEARTBEAT_TOPIC, *(subscription_of(name) for name in self._streams)):
-            self._sub.setsockopt(zmq.SUBSCRIBE, topic.encode())
-        self._poller = zmq.Poller()
-        self._poller.register(self._sub, zmq.POLLIN)
-        self._poller.register(self._dealer, zmq.POLLIN)
+        self._open()
 
     def close(self) -> None:
         """Write the position down and disconnect."""
@@ -392,6 +387,8 @@ class Client:
             if stream.tag is not None and now - stream.asked_at >= ANSWER_LIMIT_S:
                 self._hear(stream, Heard.NO_ANSWER)
         self._set_live(bool(ready) or now - self._heard_at < STALE_AFTER_S)
+        if not ready and min(now - self._heard_at, now - self._opened_at) >= REOPEN_S:
+            self._reopen()
 
     def acknowledge(self, alert_id: str, reason: str, by: str, limit_s: float = 5.0) -> dict[str, Any]:
         """Say what a person has decided about an alert.
@@ -407,6 +404,23 @@ class Client:
         )
 
     # --- news ---------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Connect both sockets."""
+        self._opened_at = self._clock()
+        self._dealer = self._endpoints.connect(self._context, zmq.DEALER, self._endpoints.replay)
+        self._sub = self._endpoints.connect(self._context, zmq.SUB, self._endpoints.publish)
+        for topic in (HEARTBEAT_TOPIC, *(subscription_of(name) for name in self._streams)):
+            self._sub.setsockopt(zmq.SUBSCRIBE, topic.encode())
+        self._poller = zmq.Poller()
+        self._poller.register(self._sub, zmq.POLLIN)
+        self._poller.register(self._dealer, zmq.POLLIN)
+
+    def _reopen(self) -> None:
+        """Make both sockets anew after a long silence; nothing that counts is in them."""
+        self._sub.close()
+        self._dealer.close()
+        self._open()
 
     def _wait_s(self, limit_s: float) -> float:
         now = self._clock()
@@ -430,10 +444,10 @@ class Client:
         stream = self._streams.get(body.get("stream", ""))
         if stream is None:
             return
+        if self._start is Start.NOW and self.positions.epoch is None:
+            return  # the next heartbeat says where now is
         if self._is_other_epoch(body["epoch"]):
             return
-        if self._start is Start.NOW and not self.positions.known:
-            return  # the next heartbeat says where now is
         last = self.positions.last[stream.name]
         self._hear(stream, hear_event(last, body["sequence"]), [body])
 
@@ -444,7 +458,6 @@ class Client:
             self.positions.last |= {name: body["data"]["last"][name] for name in self._streams}
         if self._is_other_epoch(body["epoch"]):
             return
-        self.positions.known = True
         for stream in self._streams.values():
             last = body["data"]["last"].get(stream.name, 0)
             self.counts.behind[stream.name] = max(last - self.positions.last[stream.name], 0)

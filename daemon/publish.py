@@ -30,8 +30,9 @@ SEND_HIGH_WATER = 10_000
 
 MAX_REQUEST_BYTES = 65_536
 LINGER_MS = 2_000
-HEARTBEAT_IVL_MS = 5_000
-HEARTBEAT_TIMEOUT_MS = 15_000
+KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_TRIES = 60, 10, 3
+"""A peer that is gone is noticed by TCP. ZMTP heartbeats would cut off a subscriber that is merely slow, and its
+reconnection with a full queue ends its process in libzmq 4.3 (its issue 3937)."""
 
 REPLAY_EVENTS = 500
 REPLAY_BYTES = 1 << 20
@@ -106,28 +107,30 @@ class Publisher:
             self._pub, self.publish_port = self._bind(zmq.XPUB, self.settings.publish)
             self._router, self.replay_port = self._bind(zmq.ROUTER, self.settings.replay)
         except ConfigError:
+            if self._auth is not None:
+                self._auth.stop()
             self._context.destroy(linger=0)
+            self.stop()
             raise
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Send what is left, then close. Harmless when it never started."""
-        if self._thread is None:
-            return
-        self._stopping.set()
-        self.wake()
-        self._thread.join()
-        self._thread = None
-        if self._auth is not None:
-            self._auth.stop()
-        self._context.term()
+        """Send what is left, then close. Harmless when it never started; it starts once."""
+        if self._thread is not None:
+            self._stopping.set()
+            self.wake()
+            self._thread.join()
+            self._thread = None
+            if self._auth is not None:
+                self._auth.stop()
+            self._context.term()
         self._wake.close()
         self._waker.close()
 
     def wake(self) -> None:
         """There is something new in the ledger. Any thread."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # full: a wake-up is on its way; closed: nothing is sent any more
             self._waker.send(b"\0")
 
     def alive(self) -> bool:
@@ -145,9 +148,10 @@ class Publisher:
     def _bind(self, kind: int, endpoint: str) -> tuple[zmq.Socket[bytes], int]:
         made = self._context.socket(kind)
         made.setsockopt(zmq.LINGER, LINGER_MS)
-        made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_IVL_MS)
-        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         made.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_EVERY_S)
+        made.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_TRIES)
         made.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
         made.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         if kind == zmq.XPUB:
