@@ -22,7 +22,7 @@ from daemon.prepare import to_source_grid
 from daemon.result import SiteKey
 from daemon.rules import Rule, RuleError, default_rule, load_rules, match_rule
 from daemon.scorer import Scored, Seen, look_at, maps_of, open_student
-from daemon.series import Stack
+from daemon.series import Complete, Stack
 from daemon.student import Student
 from daemon.volume import volumes_from_path
 from daemon.words import ARTEFACTS, Array, Reason, Refusal, Volume
@@ -98,10 +98,10 @@ def judge_path(path: Path, judge: Judge) -> Iterator[tuple[dict[str, Any], Seen]
     """One result object per stack found, with what its maps can be written from."""
     for stack, found, source in volumes_from_path(path):
         rule = default_rule(judge.rules) if stack is None else match_rule(stack, judge.rules)
-        if isinstance(found, Refusal):
+        if isinstance(rule, Reason):
+            seen = Seen(Scored(None, rule), found if isinstance(found, Volume) else None)
+        elif isinstance(found, Refusal):
             seen = Seen(Scored(None, found.reason))
-        elif isinstance(rule, Reason):
-            seen = Seen(Scored(None, rule), found)
         else:
             seen = look_at(lambda found=found: found, judge.student)  # type: ignore[misc]
         yield _result(judge, stack, str(source), seen, rule if isinstance(rule, Rule) else None), seen
@@ -119,7 +119,7 @@ def _result(judge: Judge, stack: Stack | None, source: str, seen: Seen, rule: Ru
         Served(student.card, student.sha256, student.describe()),
         rule,
         site,
-        None,
+        stack.evidence(Complete.FILE) if stack else None,
         result_id=judge.key.ref(f"{identity.stack_ref} {content}"),
         final=True,
         revision=1,
