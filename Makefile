@@ -5,6 +5,7 @@
 #   make test-daemon   the tests of the daemon alone, without torch
 #   make check         ruff and mypy
 #   make bench         speed, as ratios measured side by side
+#   make screenshots   pictures of the page, in screenshots-out/ (needs Chromium)
 #   make serve         run the daemon on this machine's loopback
 #   make locks         pin the dependencies again (after a change of pyproject.toml)
 #   make clean         remove .venv and what tools left behind
@@ -23,7 +24,7 @@ LOCKED := $(INSTALL) --require-hashes
 STAMP := .venv/.rescan
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-daemon check bench serve locks clean
+.PHONY: help demo test test-daemon check bench screenshots serve locks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +52,9 @@ check: $(STAMP)-training
 
 bench: $(STAMP)-dev
 	@$(BIN)/python -m tests.bench
+
+screenshots: $(STAMP)-dev
+	@$(BIN)/python -m tests.browser.screenshots screenshots-out
 
 locks:
 	@.ci/lock
