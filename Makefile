@@ -21,7 +21,9 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 LOCKED := $(INSTALL) --require-hashes
-STAMP := .venv/.rescan
+STAMP := .venv/.rescan-$(ENGINE)
+# The variants of ONNX Runtime overwrite each other in one folder.
+OTHER_RUNTIME := $(if $(filter gpu,$(ENGINE)),onnxruntime,onnxruntime-gpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-daemon check bench screenshots serve locks clean
@@ -67,7 +69,8 @@ clean:
 $(STAMP)-base: pyproject.toml locks/build.txt locks/$(ENGINE).txt
 	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d is too old: use 3.11 or newer, as in make PYTHON=python3.11" % sys.version_info[:2])'
-	@echo "installing the daemon ($(ENGINE))"
+	@echo "installing the daemon ($(ENGINE)); a minute or two the first time"
+	@$(BIN)/python -m pip uninstall -qqq -y $(OTHER_RUNTIME) 2>/dev/null || true
 	@$(LOCKED) -r locks/build.txt -r locks/$(ENGINE).txt
 	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
