@@ -46,6 +46,7 @@ class Lines:
     def __init__(self) -> None:
         self.all: list[str] = []
         self.changed = threading.Condition()
+        self.ended = False
 
     def read(self, stream: Any) -> None:
         for line in stream:
@@ -67,7 +68,7 @@ class Lines:
                         return fields(line)
                 start = len(self.all)
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or self.ended:
                     raise TimeoutError("no such log line; the last were\n" + "\n".join(self.all[-30:]))
                 self.changed.wait(min(left, 1.0))
 
@@ -95,7 +96,7 @@ class Serving:
         self.prefix: tuple[str, ...] = ()
 
     def __enter__(self) -> Serving:
-        return self.start()
+        return self if self.process is not None else self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -124,7 +125,7 @@ class Serving:
             "--replay",
             "tcp://127.0.0.1:0",
         )
-        first = len(self.log.all)
+        first, self.log.ended = len(self.log.all), False
         self.process = subprocess.Popen(
             [*command, *ports, *model, *self.arguments],
             cwd=ROOT,
