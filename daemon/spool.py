@@ -61,6 +61,7 @@ _CHECK_BYTES = 16
 _COUNTER = struct.Struct("<Q")
 _ZEROS = bytes(1 << 20)
 _OPEN_FILES = 8
+_PREPARED_STEP = 8 << 20
 
 
 class SpoolError(Exception):
@@ -353,6 +354,8 @@ class _Preparer:
                 if self._ended:
                     return
                 os.pwrite(fd, _ZEROS[: self._size_bytes - offset], offset)
+                if offset % _PREPARED_STEP == 0:
+                    os.fdatasync(fd)  # a little at a time, so that the syncs of instances do not queue behind all of it
             os.fsync(fd)
             making.rename(prepared)
         finally:

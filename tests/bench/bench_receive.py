@@ -56,7 +56,10 @@ class Target:
     folder: Path | None
 
     def cpu_s(self) -> float:
-        """Processor seconds that it and the children it waited for have used."""
+        """Processor seconds that it and its children have used; storescp waits for these when the next peer comes."""
+        with Peer(self.port) as peer:
+            peer.associate()
+            peer.release()
         fields = Path(f"/proc/{self.process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
