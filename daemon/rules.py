@@ -223,11 +223,13 @@ def _has_image_type(stack: Stack, rule: Rule) -> Reason | None:
 
 
 def _is_combined(stack: Stack, rule: Rule) -> Reason | None:  # noqa: ARG001  (one signature for all conditions)
-    return _reason("uncombined_coils") if _COIL_ELEMENT.fullmatch(stack.representative.frames[0].coil) else None
+    coil = stack.representative.frames[0].coil
+    alone = coil.startswith("C:") or (stack.coils > 1 and _COIL_ELEMENT.fullmatch(coil))
+    return _reason("uncombined_coils") if alone else None
 
 
-_COIL_ELEMENT = re.compile(r"C:[A-Z]+\d+|(H|HE|HEA|NE)\d{1,2}")
-"""How Siemens names the image of one coil element: "C:H1", or a single element such as "H12". Groups read "HE1-4"."""
+_COIL_ELEMENT = re.compile(r"[A-Z]{1,4}\d{1,2}")
+"""A single coil element among several, such as "H12"; groups read "HE1-4". Siemens marks uncombined images as "C:H1"."""
 
 
 def _is_three_d(stack: Stack, rule: Rule) -> Reason | None:

@@ -80,6 +80,7 @@ class Stack:
         geometry: the regular grid of the planes, or why there is none.
         volumes: how many volumes the stack holds; only the first whole one is here.
         orientations: how many orientations its series has.
+        coils: how many receive coils its series names.
         expected: planes that the header announces for this volume, None where it does not tell.
         expected_from: the attribute that announces them.
         better_twin: a stack of the same acquisition is preferred (distortion-corrected, normalised).
@@ -95,6 +96,7 @@ class Stack:
     geometry: Geometry | Reason
     volumes: int = 1
     orientations: int = 1
+    coils: int = 1
     expected: int | None = None
     expected_from: str | None = None
     better_twin: bool = False
@@ -709,6 +711,7 @@ class Assembly:
             geometry=geometry,
             volumes=volumes,
             orientations=len({s.features[:6] for s in self._groups[stack.group]}),
+            coils=len({s.header.frames[0].coil for s in self._groups[stack.group]}),
             expected=expected,
             expected_from=source,
             better_twin=self._has_better_twin(stack),

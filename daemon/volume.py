@@ -25,7 +25,7 @@ from daemon.series import Stack, stacks_of
 from daemon.spool import StoredInstance
 from daemon.words import Array, Refusal, Volume
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".img")
+NIFTI_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 
 _PROVENANCE = ("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "MagneticFieldStrength", "PatientPosition")
 """Attributes worth keeping with a result. None tells who, where or when."""
