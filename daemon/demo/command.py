@@ -30,6 +30,9 @@ HEAD, SCAN = 0, 1
 VERDICT_LIMIT_S = 300.0
 PICTURE_LIMIT_S = 60.0
 CALLING = "DEMO_MR"
+TRIES = 5
+ANSWER_LIMIT_S = 20.0
+"""Without an answer for so long, an image is sent again."""
 
 
 @dataclass(frozen=True)
@@ -191,34 +194,42 @@ def judge(scan: Scan, number: int, hosted: Hosted, verdicts: Verdicts, progress:
     while True:
         progress.show(f"{scan.name}: {'waiting for more images' if first_s else 'judging'}")
         result = verdicts.next(VERDICT_LIMIT_S)
+        if result["evidence"].get("instances") != len(datasets):
+            continue  # said while images were still on their way
         elapsed_s = time.monotonic() - last
         first_s = elapsed_s if first_s is None else first_s
         if result["final"]:
+            verdicts.forget(result["series_ref"])
             return Outcome(scan, result, first_s, elapsed_s)
 
 
 def push(datasets: list[Dataset], caller: Caller, name: str, progress: Progress) -> float:
-    """C-STORE every image, in one association.
+    """C-STORE every image in one association; what was not answered is sent again in a new one, as scanners do.
 
     Returns:
         When the last image was answered (`time.monotonic`).
 
     Raises:
-        SendError: an image was not answered with success.
+        SendError: an image was not answered with success, again and again.
     """
-    assoc = caller.associate(datasets[:1])
-    sent = Sent()
     started = time.monotonic()
-    for count, ds in enumerate(datasets, 1):
-        status = store(assoc, ds, sent)
-        if status != SUCCESS:
-            why = "the association was lost" if assoc.is_aborted or assoc.is_released else "the daemon did not take it"
+    waiting, tries = list(datasets), 0
+    while waiting:
+        if tries == TRIES:
+            raise SendError(
+                f"{len(waiting)} of {len(datasets)} images were not answered 0x0000 in {tries} associations"
+            )
+        tries += 1
+        assoc = caller.associate(waiting[:1])
+        assoc.dimse_timeout = ANSWER_LIMIT_S
+        while waiting and store(assoc, waiting[0], Sent()) == SUCCESS:
+            waiting.pop(0)
+            progress.show(f"{name}: pushed {len(datasets) - len(waiting)} of {len(datasets)} images")
+        last = time.monotonic()
+        if waiting:
             assoc.abort()
-            answer = f"0x{status:04X}" if status > 0 else "nothing"
-            raise SendError(f"image {count} of {len(datasets)}: expected the answer 0x0000, got {answer}; {why}")
-        progress.show(f"{name}: pushing {count} of {len(datasets)} images")
-    last = time.monotonic()
-    assoc.release()
+        else:
+            assoc.release()
     progress.say(f"{name}: pushed {len(datasets)} images in {last - started:.1f} s")
     return last
 

@@ -154,6 +154,7 @@ class Verdicts:
         self._socket.subscribe(HEARTBEAT_TOPIC)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
         self._told: set[str] = set()
+        self._done: set[str] = set()
 
     def close(self) -> None:
         """Give the socket back."""
@@ -169,6 +170,10 @@ class Verdicts:
         if not self._socket.poll(round(limit_s * 1000)):
             raise DemoError(f"no heartbeat of the daemon was heard within {limit_s:g} s; see its log")
 
+    def forget(self, series_ref: str) -> None:
+        """Hear no more of a series."""
+        self._done.add(series_ref)
+
     def next(self, limit_s: float) -> dict[str, Any]:
         """The next result that was not seen before.
 
@@ -181,7 +186,7 @@ class Verdicts:
             if topic.decode() == HEARTBEAT_TOPIC:
                 continue
             result: dict[str, Any] = json.loads(body)["data"]
-            if result["id"] not in self._told:
+            if result["id"] not in self._told and result["series_ref"] not in self._done:
                 self._told.add(result["id"])
                 return result
         raise DemoError(f"no verdict within {limit_s:g} s; the log of the daemon tells why")
