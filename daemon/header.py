@@ -41,8 +41,9 @@ MULTI_FRAME = (ENHANCED, LEGACY)
 SUPPORTED = (CLASSIC, *MULTI_FRAME)
 """SOP classes that are judged; every other storage class is stored and refused."""
 
-MAX_FRAMES = 100_000
-"""Frames read from one instance; a 4D run has tens of thousands."""
+MAX_FRAMES = 2048
+"""Frames of one instance whose facts are read; a 3D head has a few hundred, a functional run tens of thousands, which
+would hold up the headers behind it for seconds."""
 
 PARSE_FAILURES = (
     InvalidDicomError,
@@ -104,7 +105,7 @@ class Header:
         sop_class_uid, sop_instance_uid, series_uid, study_uid, frame_of_reference_uid: as in the data set; "" if absent.
         rows, columns, bits_allocated, samples_per_pixel, photometric: of the pixels.
         number_of_frames: as announced; 1 for a classic image.
-        frames: one for each plane that the header describes.
+        frames: one for each plane that the header describes; none of an instance with more than `MAX_FRAMES`.
         series_number, acquisition_number, instance_number: None if absent.
         expected_images: images that the header announces for the acquisition (ImagesInAcquisition).
         expected_slices: slices that a vendor's private attribute announces for one volume.
@@ -275,7 +276,7 @@ def _wanted_tags() -> list[BaseTag]:
 
 _TAGS = _wanted_tags()
 _WANTED = frozenset(int(tag) for tag in _TAGS)
-_LAST = max(_WANTED)
+_PER_FRAME = int(Tag("PerFrameFunctionalGroupsSequence"))
 
 
 def read_header(data: bytes) -> Header:
@@ -302,11 +303,18 @@ def _wanted_part(data: bytes) -> Dataset:
     """The attributes that matter, parsed; the rest is skipped by its length where that can be done."""
     try:
         syntax, start = split_file(data)
-        kept, _, _ = pick(data, start, syntax, _WANTED, _LAST)
+        ds = _pick(data, start, syntax, _WANTED - {_PER_FRAME})
+        if 0 < (_int(ds, "NumberOfFrames") or 0) <= MAX_FRAMES:
+            ds.update(_pick(data, start, syntax, {_PER_FRAME}))
     except NotUnderstood:
-        ds: Dataset = dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_TAGS)
-        return ds
-    return read_dataset(io.BytesIO(kept), syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian)
+        ds = dcmread(io.BytesIO(data), stop_before_pixels=True, specific_tags=_TAGS)
+    return ds
+
+
+def _pick(data: bytes, start: int, syntax: str, wanted: frozenset[int] | set[int]) -> Dataset:
+    kept, _, _ = pick(data, start, syntax, wanted, max(wanted))
+    ds: Dataset = read_dataset(io.BytesIO(kept), syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian)
+    return ds
 
 
 def header_of(ds: Dataset) -> Header:
@@ -379,9 +387,7 @@ def _classic_frame(ds: Dataset) -> Frame:
 
 def _frames(ds: Dataset, shared: Dataset | None) -> tuple[Frame, ...]:
     """The frame table of an Enhanced image: what a frame does not say, the shared groups say."""
-    items = ds.get("PerFrameFunctionalGroupsSequence") or ()
-    if len(items) > MAX_FRAMES:
-        raise Refusal("too_large", f"The instance has {len(items)} frames; at most {MAX_FRAMES} are read.")
+    items = (ds.get("PerFrameFunctionalGroupsSequence") or ())[:MAX_FRAMES]
     top = _words(ds, "ImageType")
     top_component = _text(ds, "ComplexImageComponent")
     instance = _number(ds, "InstanceNumber") or 0.0

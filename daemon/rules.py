@@ -127,7 +127,7 @@ def what_it_is(stack: Stack) -> Reason | None:
     """Why no rule whatever can admit a stack, None if one might."""
     header = stack.representative
     words = header.frames[0].image_type if header.frames else ()
-    if isinstance(stack.geometry, Reason) and stack.geometry.code in ("unsupported_sop", "bad_header"):
+    if isinstance(stack.geometry, Reason) and stack.geometry.code in _WHATEVER_THE_RULE:
         return stack.geometry
     if header.samples_per_pixel != 1 or not header.photometric.startswith("MONOCHROME"):
         return _reason("colour")
@@ -136,6 +136,9 @@ def what_it_is(stack: Stack) -> Reason | None:
     if "LOCALIZER" in words or _looks_like_localizer(stack):
         return _reason("localizer")
     return None
+
+
+_WHATEVER_THE_RULE = ("unsupported_sop", "bad_header", "too_large")
 
 
 def _looks_like_localizer(stack: Stack) -> bool:

@@ -19,7 +19,7 @@ from enum import StrEnum
 
 from daemon.config import CompletenessSettings, Settings
 from daemon.geometry import Geometry, first_volume, measure
-from daemon.header import MULTI_FRAME, SUPPORTED, Frame, Header
+from daemon.header import MAX_FRAMES, MULTI_FRAME, SUPPORTED, Frame, Header
 from daemon.reasons import REASONS
 from daemon.spool import AssociationEnded, StoredInstance
 from daemon.words import Reason, Refusal
@@ -792,6 +792,8 @@ def _not_an_image(header: Header) -> Reason | None:
     """Why these instances can make no volume, whatever the rules say."""
     if header.sop_class_uid not in SUPPORTED:
         return Reason("unsupported_sop", REASONS["unsupported_sop"])
+    if header.number_of_frames > MAX_FRAMES:
+        return Reason("too_large", f"The instance has {header.number_of_frames} frames; at most {MAX_FRAMES} are read.")
     return None
 
 

@@ -12,7 +12,7 @@ from pydicom.uid import UID
 
 from daemon.config import CompletenessSettings
 from daemon.decode import MAX_INSTANCE_BYTES, MAX_SIDE, TRANSFER_SYNTAXES
-from daemon.header import SUPPORTED
+from daemon.header import MAX_FRAMES, SUPPORTED
 from daemon.prepare import MAX_VOXELS
 from daemon.reasons import COMPLETENESS, REASONS, REFUSALS
 from daemon.receive import STATUSES
@@ -96,6 +96,7 @@ def test_the_limits() -> None:
     assert f"beyond {MAX_SIDE}," in PAGE
     assert f"{MAX_INSTANCE_BYTES >> 30} GiB of pixels" in PAGE
     assert f"{MAX_VOXELS // 1_000_000} million voxels" in PAGE
+    assert f"more than {MAX_FRAMES} frames" in PAGE
 
 
 @pytest.mark.parametrize(

@@ -440,3 +440,11 @@ def test_part_of_a_head_is_never_admitted() -> None:
         shape = {"sagittal": (8, 8, slices), "coronal": (8, slices, 8), "axial": (slices, 8, 8)}[plane]
         images = build_classic_series(np.full(shape, 5, np.uint16), (2.5, 2.5, 2.5), plane)
         assert codes(stacks_in(images)) == ["partial_coverage"], plane
+
+
+def test_an_enhanced_run_of_thousands_of_frames_is_refused_without_reading_them() -> None:
+    """A 4D Enhanced instance cannot hold up the headers behind it."""
+    ds = build_enhanced(np.full((8, 8, 8), 5, np.uint16), NumberOfFrames="20000")
+    header = read_header(part10(ds))
+    assert header.frames == ()
+    assert codes(stacks_in([ds])) == ["too_large"]
