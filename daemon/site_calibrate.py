@@ -62,8 +62,9 @@ def read_table(path: Path) -> Selection:
         items.append(_item(row, file))
     if not items:
         raise CalibrationError(f"{file.name}: every scan in it is marked as not clean; nothing can be fitted")
-    reasons = "".join(f"; left out: {count} {why}" for why, count in left_out.most_common())
-    return Selection(model, items, f"{len(items)} scans, {unmarked} of them marked by nobody{reasons}")
+    reasons = ", ".join(f"{count} {why}" for why, count in left_out.most_common())
+    text = f"{len(items)} scans, {unmarked} of them marked by nobody" + (f"; left out: {reasons}" if reasons else "")
+    return Selection(model, items, text)
 
 
 def _why_not(row: Mapping[str, str], model: str) -> str:
@@ -97,10 +98,10 @@ def _rows(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(encoding="utf-8", newline="") as text:
             reader = csv.DictReader(text)
-            rows = list(reader)
+            rows, columns = list(reader), reader.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CalibrationError(f"{file}: cannot be read ({error}); export one with `rescan history --to`") from None
-    missing = [name for name in _NEEDED if name not in (reader.fieldnames or ())]
+    missing = [name for name in _NEEDED if name not in columns]
     if missing:
         raise CalibrationError(
             f"{file.name}: no column {missing[0]}; give the {VERDICTS_FILE} of `rescan history --to`"

@@ -127,8 +127,8 @@ def _result_line(result: Mapping[str, Any], width: int, paint: Callable[[str, st
         f"{result['dominant_artefact'] or '-':<9}{_number(result['scores'].get('predicted_dice')):>5}"
         f"{_number(result.get('required_dice')):>6}  {state + (' shadow' if result['shadow'] else ''):<14}{reason}"
     )
-    room = width - len(before) - len(verdict)
-    return _fit(before, width) + paint(verdict, colour) + _fit(after, max(room, 0))
+    room = max(width - len(before), 0)
+    return _fit(before, width) + paint(_fit(verdict, room), colour) + _fit(after, max(room - len(verdict), 0))
 
 
 def _alert_lines(alert: Mapping[str, Any], width: int, now: float, paint: Callable[[str, str], str]) -> list[str]:
@@ -158,7 +158,7 @@ def _painter(colour: bool) -> Callable[[str, str], str]:
 def _fit(text: str, width: int) -> str:
     """Cut to the width, with a sign that it was cut; control characters are left out."""
     clean = "".join(c for c in text if c.isprintable())
-    return clean if len(clean) <= width else clean[: max(width - 1, 0)] + "…"
+    return clean if len(clean) <= width else (clean[: width - 1] + "…" if width else "")
 
 
 def _number(value: float | None) -> str:
