@@ -185,6 +185,8 @@ class App:
         self._judge(self.flow.apply(self.now()))
         self._note_exams()
         self._end_replay()
+        for scanner in self.board.take_waiting():
+            self._judge(self.flow.score_now(scanner, self.now()))
         self._judge(self.flow.apply_time(self.now()))
         self._give_job()
 
@@ -219,6 +221,8 @@ class App:
             reasons.append(self.model_reason)
         if self._ledger_fault is not None:
             reasons.append(self._ledger_fault)
+        if not self.publisher.alive():
+            reasons.append("events are not being published")
         if self.flow.replaying:
             reasons.append("the spool is being read again")
         return reasons

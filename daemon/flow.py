@@ -212,6 +212,13 @@ class Flow:
             self._ask(self.assembly.on_time(self._at))
         yield from self._act(now)
 
+    def score_now(self, scanner: str, now: float) -> Iterator[Verdicts]:
+        """A person at this scanner waits: judge, provisionally, what has come of every stack that is open."""
+        for key, _, of, *_ in self.assembly.open_stacks():
+            if of == scanner and not self.replaying:
+                self._ask(self.assembly.on_score_now(key, self._at))
+        yield from self._act(now)
+
     def next_deadline(self) -> float | None:
         """When time alone changes something; None while records wait."""
         return None if self.waiting or self.replaying else self.assembly.next_deadline()

@@ -21,6 +21,7 @@ from daemon.page.store import (
     HistoryFacets,
     HistoryQuery,
     NoSuchAlert,
+    NoSuchScanner,
     Progress,
     ScannerView,
 )
@@ -50,6 +51,7 @@ class Board:
         self._lock = threading.Lock()
         self._current: Mapping[str, Current] = {}
         self._number = 0
+        self._waiting: set[str] = set()
 
     def show(self, current: Mapping[str, Current]) -> None:
         """Replace what every scanner is doing."""
@@ -61,6 +63,17 @@ class Board:
         """Something else that the page shows has changed, such as a picture."""
         with self._lock:
             self._number += 1
+
+    def wait_at(self, scanner: str) -> None:
+        """A person at this scanner asks for the verdict now."""
+        with self._lock:
+            self._waiting.add(scanner)
+
+    def take_waiting(self) -> set[str]:
+        """The scanners at which a person waits; asked once, answered once."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, set()
+        return waiting
 
     def of(self, scanner: str) -> Current | None:
         """What one scanner is doing."""
@@ -194,6 +207,12 @@ class Store:
         except ledgers.AlertClosed as error:
             raise AlertClosed(str(error)) from None
         self._wake()
+
+    def score_now(self, scanner: str) -> None:
+        """A person waits for the verdict of what this scanner is sending."""
+        if scanner != UNKNOWN_SCANNER and self._settings().scanner(scanner) is None:
+            raise NoSuchScanner("No scanner of this name is configured.")
+        self._board.wait_at(scanner)
 
     def displayed(self, alert_id: str) -> None:
         """Record the first time a page showed an alert."""

@@ -81,6 +81,7 @@ def routes(
         Route("/api/results/{result_id}", page.result),
         Route("/api/alerts/{alert_id}/acknowledge", page.acknowledge, methods=["POST"]),
         Route("/api/alerts/{alert_id}/displayed", page.displayed, methods=["POST"]),
+        Route("/api/scanners/{scanner}/score-now", page.score_now, methods=["POST"]),
         Route("/pictures/{result_id}/{name}", page.picture),
     ]
     # An application of its own, so that its "not found" passes the guard too.
@@ -259,6 +260,10 @@ class Page:
     async def displayed(self, request: Request) -> Response:
         """A page shows this alert now."""
         return await self._say(self.store.displayed, _opaque(request, "alert_id"))
+
+    async def score_now(self, request: Request) -> Response:
+        """A person waits for the verdict of what this scanner is sending."""
+        return await self._say(self.store.score_now, _opaque(request, "scanner"))
 
     async def _say(self, method: Any, *values: object) -> Response:
         try:

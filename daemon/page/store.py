@@ -40,6 +40,12 @@ class NoSuchAlert(PageError):
     status = 404
 
 
+class NoSuchScanner(PageError):
+    """A scanner that no entry of the configuration names."""
+
+    status = 404
+
+
 class AlertClosed(PageError):
     """An acknowledgement of an alert that is no longer waiting for one."""
 
@@ -200,6 +206,14 @@ class PageStore(Protocol):
         Raises:
             NoSuchAlert: the ledger does not know it.
             AlertClosed: it was resolved, superseded, withdrawn or has expired; the message says which.
+        """
+        ...
+
+    def score_now(self, scanner: str) -> None:
+        """A person waits for the verdict of what this scanner is sending: judge it now, provisionally.
+
+        Raises:
+            NoSuchScanner: no scanner of this name is configured.
         """
         ...
 

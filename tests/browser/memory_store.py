@@ -16,6 +16,7 @@ from daemon.page.store import (
     HistoryFacets,
     HistoryQuery,
     NoSuchAlert,
+    NoSuchScanner,
     Progress,
     ScannerView,
 )
@@ -104,6 +105,7 @@ class MemoryStore:
         self.reasons: list[str] = []
         self.acknowledged: list[tuple[str, AckReason, str]] = []
         self.shown: list[str] = []
+        self.asked: list[str] = []
 
     # --- what a test does ---------------------------------------------------------------------------------------------
 
@@ -190,6 +192,11 @@ class MemoryStore:
             raise AlertClosed(f"This alert is {alert.state}.")
         self.acknowledged.append((alert_id, reason, by))
         self.change_alert(alert_id, state="acknowledged", reason=str(reason), by=by, acknowledged_at=time.time())
+
+    def score_now(self, scanner: str) -> None:
+        if scanner not in {view.slug for view in self.scanners()}:
+            raise NoSuchScanner(f"No scanner {scanner}.")
+        self.asked.append(scanner)
 
     def displayed(self, alert_id: str) -> None:
         self.shown.append(alert_id)

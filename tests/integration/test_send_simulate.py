@@ -83,6 +83,8 @@ def test_a_folder_is_sent_and_the_answers_are_told(
     assert "1 answered 0xA700" in capsys.readouterr().err
 
 
+# pynetdicom leaves the socket of a refused connection to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_mistakes_end_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], free_port: Any) -> None:
     """Nobody there, nothing to send, no such folder, no port."""
     address = f"127.0.0.1:{free_port()}"
