@@ -43,6 +43,13 @@ def test_make_targets_exist(page: Path) -> None:
     assert set(shown) <= targets
 
 
+def test_every_page_is_in_the_index() -> None:
+    """No page is written that nobody finds."""
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert [page for page in sorted(pages) if f"({page})" not in index] == []
+
+
 def test_readme_begins_with_what_matters() -> None:
     """What it is for, the notice and the two commands come before anything else."""
     head = README[: README.index("## How it works")]
