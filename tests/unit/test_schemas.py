@@ -15,12 +15,16 @@ from referencing import Registry, Resource
 
 from daemon.client import Heard, hear_answer, hear_beat, hear_event
 from daemon.events import STREAMS, body_of, heartbeat_body, subscription_of, timestamp, topic_of
+from daemon.flow import Served, make_result
 from daemon.ledger import Ledger
-from daemon.result import TIMINGS
-from daemon.score import SCORES
+from daemon.result import TIMINGS, Identity
+from daemon.score import SCORES, Scores, WorstSlice
+from daemon.scorer import Scored
+from daemon.series import Evidence
 from daemon.watch import Board, render
-from daemon.words import ARTEFACTS, Verdict
-from tests.event_builders import START, reference, result
+from daemon.words import ARTEFACTS, Reason, Verdict
+from tests.event_builders import SHA256, START, reference, result
+from tests.model_builders import made_up_calibration, made_up_card
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "events-v1"
 NAMES = ("result", *STREAMS, "heartbeat")
@@ -206,3 +210,33 @@ def test_the_client_and_the_table_understand_the_first_messages() -> None:
     text = "\n".join(render(board, 200, 40, START + 60, colour=False))
     assert "RESCAN" in text
     assert "No open alert." in text
+
+
+def test_what_the_daemon_makes_of_a_scan_fits_the_schema() -> None:
+    """A refused stack before any model is loaded, and a scored one with every key that a card can give."""
+    identity = Identity(reference("series"), reference("stack"), reference("exam"), "mr1")
+    evidence = Evidence("geometry", 176, None, None)
+    rest = {"result_id": reference("r"), "final": True, "revision": 2, "supersedes": reference("q"), "shadow": False}
+    refused = make_result(
+        identity, Scored(None, Reason("localizer", "A localizer.")), None, None, None, evidence, timing_s={}, **rest
+    )
+    validator("result").validate(refused)
+    values = {name: definition.low if definition.low is not None else -1.0 for name, definition in SCORES.items()}
+    artefacts = {name: {"score": 0.5, "uncertainty": 0.1} for name in ARTEFACTS}
+    scores = Scores(values, artefacts, (WorstSlice("axial", 3, 6.0, 0.2, "top"),), {"gm_ml": 600.0}, -2.0)
+    served = Served(
+        made_up_card(made_up_calibration()), SHA256, {"provider": "cpu", "precision": "float32", "device": "cpu"}
+    )
+    scored = make_result(
+        identity,
+        Scored(scores, None, {}),
+        served,
+        None,
+        None,
+        evidence,
+        timing_s=dict.fromkeys(TIMINGS, 1.0),
+        extra={"series": {"number": 5, "instances": 176, "began_at": START, "ended_at": START, "duration_s": 312.0}},
+        **rest,
+    )
+    validator("result").validate(scored)
+    assert json.loads(json.dumps(scored)) == scored
