@@ -55,6 +55,10 @@ MIN_REQUIRED_DICE = 0.70
 VISIBLE_LOSS = 0.05
 """An artefact is *visible* where it costs this much Dice against its clean twin."""
 
+MIN_VISIBLE = 3
+SIMPLE_IS_WORTH = 0.02
+"""Share of right names by which a full unmixing matrix must beat one number per artefact."""
+
 MIN_BIN_SCANS = 60
 MAX_BINS = 5
 COMBINATION_GAIN = 0.05
@@ -209,12 +213,8 @@ def fit_calibration(samples: Sequence[Sample], population: str, seed: int = 0) -
     partial = _Partial(risk)
     dice = fit_dice(fit, partial)
     clean, unmixing, accuracy = fit_artefacts(fit)
-    clean_bound = sorted(partial.risk(s) for s in one_per_head(bound))
-    rank = order_statistic_rank(len(clean_bound), RATE, CONFIDENCE)
-    if rank is None:
-        raise CalibrationImpossible(
-            f"Test B: {len(clean_bound)} clean heads in the second half, at least 59 are needed"
-        )
+    # A single score was not fitted to anything, so all clean heads may bound it; a combination only those it has not seen.
+    alarm = fit_alarm(sorted(partial.risk(s) for s in one_per_head(heads if len(risk) == 1 else bound)))
     calibration = Calibration(
         population=population,
         risk=risk,
@@ -222,10 +222,10 @@ def fit_calibration(samples: Sequence[Sample], population: str, seed: int = 0) -
         bounds=fit_bounds(bound, partial, dice),
         bound_rate=RATE,
         required_dice=required,
-        alarm_risk=clean_bound[rank - 1],
+        alarm_risk=alarm.risk,
         alarm_rate=RATE,
-        alarm_confidence=CONFIDENCE,
-        alarm_scans=len(clean_bound),
+        alarm_confidence=alarm.confidence,
+        alarm_scans=alarm.scans,
         artefact_clean=clean,
         artefact_unmixing=unmixing,
         affected_variance=float(np.median([s.affected_p95 for s in fit if s.artefact is None])),
@@ -235,6 +235,35 @@ def fit_calibration(samples: Sequence[Sample], population: str, seed: int = 0) -
     )
     check_calibration(calibration, "calibration")
     return calibration
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Threshold of Test B, the confidence that its false-alarm rate is at most `RATE`, and its sample size."""
+
+    risk: float
+    confidence: float
+    scans: int
+
+
+def fit_alarm(risks: Sequence[float]) -> Alarm:
+    """The order statistic of clean risks (ascending).
+
+    With fewer than 59 scans the largest risk is taken and the confidence that it gives, 1 - (1 - rate)^n, is stated instead
+    of 95 %.
+
+    Raises:
+        CalibrationImpossible: fewer than 19 scans, with which not even a new scan's own chance is at most 5 %.
+    """
+    n = len(risks)
+    if conformal_rank(n, RATE) is None:
+        raise CalibrationImpossible(
+            f"Test B: {n} clean heads, at least 19 are needed, 59 for {CONFIDENCE:.0%} confidence"
+        )
+    rank = order_statistic_rank(n, RATE, CONFIDENCE)
+    if rank is None:
+        return Alarm(risks[-1], round(1.0 - (1.0 - RATE) ** n, 4), n)
+    return Alarm(risks[rank - 1], CONFIDENCE, n)
 
 
 def split_heads(heads: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -376,20 +405,30 @@ def fit_artefacts(fit: Sequence[Sample]) -> tuple[tuple[float, ...], tuple[tuple
         Median ln sigma_i^2 of clean scans, the matrix, and each candidate's share of visible artefacts named right.
 
     Raises:
-        CalibrationImpossible: an artefact without visible scans.
+        CalibrationImpossible: an artefact without scans.
     """
-    visible = [s for s in fit if s.artefact in ARTEFACTS and s.loss >= VISIBLE_LOSS]
+    visible = [s for name in ARTEFACTS for s in visible_scans(fit, name)]
     clean = np.median(_log_variances([s for s in fit if s.artefact is None]), axis=0)
-    for name in ARTEFACTS:
-        if sum(s.artefact == name for s in visible) < 3:
-            raise CalibrationImpossible(f"artefact {name}: fewer than 3 visible scans (Dice loss >= {VISIBLE_LOSS})")
     makers = {"diagonal": _diagonal, "leakage": _inverse_leakage, "logistic": _logistic}
     accuracy = {name: _attribution(visible, clean, maker) for name, maker in makers.items()}
-    best = max(accuracy, key=lambda name: accuracy[name])
+    best = max(accuracy, key=lambda name: accuracy[name] - (0.0 if name == "diagonal" else SIMPLE_IS_WORTH))
     excess, kinds = _log_variances(visible) - clean, np.array([ARTEFACTS.index(str(s.artefact)) for s in visible])
     matrix = makers[best](excess, kinds)
     rows = tuple(tuple(round(float(v), 6) for v in row) for row in matrix)
     return tuple(round(float(v), 6) for v in clean), rows, {k: round(v, 4) for k, v in accuracy.items()}
+
+
+def visible_scans(fit: Sequence[Sample], artefact: str) -> list[Sample]:
+    """Scans with this artefact that lost `VISIBLE_LOSS`; where there are fewer than `MIN_VISIBLE`, those that lost most.
+
+    Raises:
+        CalibrationImpossible: fewer than `MIN_VISIBLE` scans with this artefact at all.
+    """
+    found = sorted((s for s in fit if s.artefact == artefact), key=lambda s: -s.loss)
+    if len(found) < MIN_VISIBLE:
+        raise CalibrationImpossible(f"artefact {artefact}: {len(found)} scans, at least {MIN_VISIBLE} are needed")
+    visible = [s for s in found if s.loss >= VISIBLE_LOSS]
+    return visible if len(visible) >= MIN_VISIBLE else found[:MIN_VISIBLE]
 
 
 def _log_variances(samples: Sequence[Sample]) -> NDArray[np.float64]:

@@ -96,7 +96,8 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
         log.info("%s: finished earlier", stage.name)
         return dict(checkpoint)
     network = stage.network.to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=stage.schedule.rate)
+    # A short memory of gradient sizes: a new variance head starts with large ones that must not slow it for long.
+    optimizer = torch.optim.Adam(network.parameters(), lr=stage.schedule.rate, betas=(0.9, 0.99))
     first = _resume(state_file, network, optimizer)
     model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
     meter, saved = Meter(stage, out, first), time.monotonic()

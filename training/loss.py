@@ -19,6 +19,9 @@ LIKELIHOODS: tuple[Likelihood, ...] = ("paper", "exact", "faithful")
 SSIM_WEIGHT = 0.1
 """lambda in Eq. 7."""
 
+REGRESSION_WEIGHT = 3.0
+"""Of the faithful form's variances against its cross entropy: few voxels carry an artefact's part."""
+
 CE_MAX = 5.0
 """A voxel that is wrong with more certainty than this teaches the variance no more."""
 
@@ -61,10 +64,7 @@ def heteroscedastic(
         eps: added once, to the total, in both terms (L3, L5).
         form: `paper`: Eq. 4, CE / (s2 + eps) + 0.5 log(s2 + eps), whose minimum over s2 lies at s2 + eps = 2 CE;
             `exact`: CE of softmax(f / (s2 + eps)) (Eq. 1 and 2 without the approximation);
-            `faithful`: the plain cross entropy for the segmentation, plus the squared distance of s2 + eps from Eq. 4's
-            own minimum, 2 CE, with the cross entropy held fixed (after Stirn et al. 2023, and Seitzer et al. 2022 with
-            beta = 2). Eq. 4 itself weighs a voxel by 1 / (s2 + eps)^2: a few wrong voxels in the air then outweigh the
-            cortex a thousandfold, and no artefact's part is learnt (docs/decisions/0011).
+            `faithful`: the plain cross entropy here; the variances are regressed apart from it (`mean_consistency`).
 
     Returns:
         (N, D, H, W) both.
@@ -77,7 +77,7 @@ def heteroscedastic(
     if form == "paper":
         return ce / total + 0.5 * torch.log(total), ce
     if form == "faithful":
-        return ce + 0.25 * (total - 2.0 * ce.detach().clamp_max(CE_MAX)).square(), ce
+        return ce, ce
     if form == "exact":
         return F.cross_entropy(logits / total.unsqueeze(1), labels, reduction="none"), ce
     raise ValueError(f"likelihood: expected one of {', '.join(LIKELIHOODS)}, got {form!r}")
@@ -101,6 +101,24 @@ def consistency(predicted: Tensor, target: Tensor, weight: Tensor, channels: Ten
     )
     loss = loss + SSIM_WEIGHT * channel_mean(ssim_loss(predicted, target), w)
     return loss.sum() if channels is None else (loss * channels).sum()
+
+
+def mean_consistency(log_variance: Tensor, target: Tensor, weight: Tensor, channels: Tensor) -> Tensor:
+    """The faithful form's regression of a variance on its target: exp(s) - target * s, least at the target's mean.
+
+    Against Eq. 4 and Eq. 7, whose minima it shares where the target is certain, its gradient exp(s) - target neither
+    explodes where the variance is small nor dies there. Eq. 4 weighs a voxel by 1 / (s2 + eps)^2, so that a few wrong
+    voxels in the air outweigh the cortex; Eq. 7's L1 has its minimum at the median, which is zero for an artefact that
+    is in fewer than half of the images, until the network can tell it apart (docs/decisions/0011).
+
+    Args:
+        log_variance: (N, C, D, H, W) s.
+        target: (N, C, D, H, W) sigma^2; may be negative where it is a noisy difference.
+        weight: (N, D, H, W).
+        channels: (C,) weight of each channel.
+    """
+    loss = channel_mean(torch.exp(log_variance) - target * log_variance, weight.unsqueeze(1))
+    return REGRESSION_WEIGHT * (loss * channels).sum()
 
 
 def channel_mean(values: Tensor, weight: Tensor) -> Tensor:
@@ -141,19 +159,50 @@ def combine(
     eps: float,
     form: Likelihood,
     channels: Tensor | None = None,
+    own: int | None = None,
 ) -> Parts:
     """The loss of any stage: task (Eq. 4), teacher (Eq. 6) or student (the sum over artefacts).
 
     Args:
+        logits: (N, 2, D, H, W).
         log_variance: (N, 1 + A, D, H, W): the task's, then one per artefact.
+        labels: (N, D, H, W).
+        weight: (N, D, H, W).
         targets: (N, T, D, H, W) sigma^2 of the frozen networks, which the first T variances shall equal; None: task.
-        channels: (T,) weights of the targets, see `consistency`.
+        eps: see `heteroscedastic`.
+        form: see `heteroscedastic`.
+        channels: (T,) weights of the targets.
+        own: variance that has no target and takes what the others leave of 2 CE - eps; used by the faithful form, in
+            which it is regressed on that difference.
     """
     variance = torch.exp(log_variance)
     total = variance.sum(dim=1)
     nll, ce = heteroscedastic(logits, labels, total, eps, form)
     likelihood, held = masked_mean(nll, weight), nll.new_zeros(())
-    if targets is not None:
+    if form == "faithful":
+        held = _regressed(log_variance, ce, weight, targets, eps, channels, own)
+    elif targets is not None:
         held = consistency(variance[:, : targets.shape[1]], targets, weight, channels)
     weight_p99 = torch.quantile((1.0 / (total.detach() + eps)).flatten()[::97], 0.99)
     return Parts(likelihood + held, masked_mean(ce, weight).detach(), likelihood.detach(), held.detach(), weight_p99)
+
+
+def _regressed(
+    log_variance: Tensor,
+    ce: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    eps: float,
+    channels: Tensor | None,
+    own: int | None,
+) -> Tensor:
+    """The faithful form's part for the variances; see `combine`."""
+    left = (2.0 * ce.detach().clamp_max(CE_MAX) - eps).unsqueeze(1)
+    if targets is None:
+        return mean_consistency(log_variance, left, weight, left.new_ones(1))
+    weights = left.new_ones(targets.shape[1]) if channels is None else channels
+    held = mean_consistency(log_variance[:, : targets.shape[1]], targets, weight, weights)
+    if own is None:
+        return held
+    # In the field's wrong voxels outside the head the task expects nothing, so all of their error is the artefact's.
+    return held + mean_consistency(log_variance[:, own : own + 1], left - targets[:, :1], weight, left.new_ones(1))

@@ -91,10 +91,8 @@ class UNet(nn.Module):
         self.logits = nn.Conv3d(w[0], 2, 1)
         self.log_variance = nn.Conv3d(w[0], config.variances, 1)
         nn.init.zeros_(self.log_variance.weight)
-        # The initial total variance is about 1 for the task and a little for each artefact (method, L8).
-        bias = torch.full((config.variances,), -3.0)
-        bias[0] = -1.0
-        self.log_variance.bias = nn.Parameter(bias)
+        # About 0.5 each: exp(s) passes gradients on in proportion to itself, so a channel that starts small stays small.
+        self.log_variance.bias = nn.Parameter(torch.full((config.variances,), -0.7))
 
     def features(self, x: Tensor) -> Tensor:
         skips = []

@@ -35,26 +35,54 @@ def test_likelihood_matches_the_oracle(batch: dict[str, torch.Tensor], form: str
     expected = {
         "paper": ce / s2 + 0.5 * np.log(s2),
         "exact": numpy_ce(f / s2[:, None], y),
-        "faithful": ce + 0.25 * (s2 - 2 * ce) ** 2,
+        "faithful": ce,
     }[form]
     got, plain = L.heteroscedastic(batch["logits"], batch["labels"], batch["variance"], eps, form)
     assert np.allclose(got.numpy(), expected, atol=1e-12)
     assert np.allclose(plain.numpy(), ce, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["paper", "faithful"])
-def test_minimum_of_equation_4(form: str) -> None:
-    """Over sigma^2, CE / (s2 + eps) + 0.5 log(s2 + eps) is least at s2 + eps = 2 CE; the faithful form shares it."""
+def test_minimum_of_equation_4() -> None:
+    """Over sigma^2, CE / (s2 + eps) + 0.5 log(s2 + eps) is least at s2 + eps = 2 CE."""
     eps = 0.05
     logits = torch.tensor([[0.3, -0.4]], dtype=torch.float64).reshape(1, 2, 1, 1, 1).expand(1, 2, 1, 1, 20001)
     labels = torch.zeros((1, 1, 1, 20001), dtype=torch.long)
     s2 = torch.linspace(0.0, 4.0, 20001, dtype=torch.float64).reshape(1, 1, 1, -1)
-    value, ce = L.heteroscedastic(logits, labels, s2, eps, form)
+    value, ce = L.heteroscedastic(logits, labels, s2, eps, "paper")
     best = float(s2.flatten()[value.flatten().argmin()])
     assert best + eps == pytest.approx(2 * float(ce.flatten()[0]), abs=3e-4)
 
 
-@pytest.mark.parametrize("form", L.LIKELIHOODS)
+def test_faithful_variance_has_the_same_minimum() -> None:
+    """In the task stage the faithful form's loss is least at s2 + eps = 2 CE too."""
+    eps = 0.05
+    logits = torch.tensor([[0.3, -0.4]]).reshape(1, 2, 1, 1, 1)
+    labels, ones = torch.zeros((1, 1, 1, 1), dtype=torch.long), torch.ones(1, 1, 1, 1)
+    ce = float(torch.nn.functional.cross_entropy(logits, labels))
+    values = torch.linspace(0.2, 2.0, 1801)
+    losses = []
+    for v in values:
+        s = torch.log(v).reshape(1, 1, 1, 1, 1)
+        losses.append(L.combine(logits, s, labels, ones, None, eps, "faithful").total)
+    assert float(values[int(torch.stack(losses).argmin())]) + eps == pytest.approx(2 * ce, abs=2e-3)
+
+
+def test_own_variance_takes_what_the_task_leaves() -> None:
+    """A teacher's own variance does best at 2 CE - eps minus the task's variance."""
+    eps, task = 0.05, 0.3
+    logits = torch.tensor([[0.3, -0.4]]).reshape(1, 2, 1, 1, 1)
+    labels, ones = torch.zeros((1, 1, 1, 1), dtype=torch.long), torch.ones(1, 1, 1, 1)
+    ce = float(torch.nn.functional.cross_entropy(logits, labels))
+    target = torch.full((1, 1, 1, 1, 1), task)
+    values = torch.linspace(0.1, 2.0, 1901)
+    losses = []
+    for v in values:
+        s = torch.log(torch.tensor([task, float(v)])).reshape(1, 2, 1, 1, 1)
+        losses.append(L.combine(logits, s, labels, ones, target, eps, "faithful", own=1).total)
+    assert float(values[int(torch.stack(losses).argmin())]) == pytest.approx(2 * ce - eps - task, abs=2e-3)
+
+
+@pytest.mark.parametrize("form", ["paper", "exact"])
 def test_gradients(batch: dict[str, torch.Tensor], form: str) -> None:
     """Analytic gradients of the variance agree with finite differences."""
     variance = batch["variance"].clone().requires_grad_(True)
@@ -107,6 +135,15 @@ def test_consistency_matches_the_oracle() -> None:
     p, t = rng.random((2, 3, 4, 5, 6)), rng.random((2, 3, 4, 5, 6))
     got = L.consistency(torch.tensor(p), torch.tensor(t), torch.ones((2, 4, 5, 6), dtype=torch.float64))
     assert float(got) == pytest.approx(oracle_consistency(p, t), rel=1e-6)
+
+
+def test_mean_consistency_is_least_at_the_mean() -> None:
+    """A constant variance that stands for targets 0, 0, 0 and 2 does best at their mean, not at their median."""
+    target = torch.tensor([0.0, 0.0, 0.0, 2.0]).reshape(1, 1, 1, 1, 4)
+    ones = torch.ones(1, 1, 1, 4)
+    values = torch.linspace(0.05, 2.0, 391)
+    losses = [L.mean_consistency(torch.log(v).expand(target.shape), target, ones, torch.ones(1)) for v in values]
+    assert float(values[int(torch.stack(losses).argmin())]) == pytest.approx(0.5, abs=0.006)
 
 
 def test_consistency_of_equals_is_zero() -> None:
