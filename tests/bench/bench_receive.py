@@ -56,12 +56,18 @@ class Target:
     folder: Path | None
 
     def cpu_s(self) -> float:
-        """Processor seconds that it and its children have used; storescp waits for these when the next peer comes."""
-        with Peer(self.port) as peer:
-            peer.associate()
-            peer.release()
-        fields = Path(f"/proc/{self.process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        """Processor seconds of it and its children, those that ended and those that still run."""
+        children = Path(f"/proc/{self.process}/task/{self.process}/children").read_text(encoding="ascii").split()
+        return sum(cpu_s(int(process)) for process in [self.process, *children])
+
+
+def cpu_s(process: int) -> float:
+    """Processor seconds that a process and the children it waited for have used."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except FileNotFoundError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- receivers --------------------------------------------------------------------------------------------------------
