@@ -88,6 +88,7 @@ class Caller:
         ae.requested_contexts = contexts_for(datasets)
         assoc = ae.associate(self.host, self.port, ae_title=self.called)
         if assoc.is_established:
+            keep_answers(assoc)
             return assoc
         where = f"{self.host}:{self.port}"
         if assoc.is_rejected:
@@ -95,6 +96,21 @@ class Caller:
                 f"{where} refused the association of {self.calling!r} to {self.called!r}; allow this caller there"
             )
         raise SendError(f"{where}: nobody answers there; check that the receiver runs and the port is right")
+
+
+def keep_answers(assoc: Association) -> None:
+    """See that answers reach whoever waits for them.
+
+    pynetdicom (3.0.4) pauses its reactor thread while a request waits for its answer, but takes the thread for paused a
+    moment before it is; on a busy machine the thread then takes the answer and drops it, and the request waits out its
+    limit. A requestor is sent nothing but answers, so its reactor need not take any message.
+    """
+    take = assoc.dimse.get_msg
+
+    def get_msg(block: bool = False) -> Any:
+        return take(block) if block else (None, None)
+
+    assoc.dimse.get_msg = get_msg  # type: ignore[method-assign]
 
 
 def contexts_for(datasets: Iterable[Dataset]) -> list[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pydicom.dataset import Dataset
 from pynetdicom import AE, AllStoragePresentationContexts
 
+from daemon.send import keep_answers
 from tests.builders import build_classic_series, head_phantom
 
 
@@ -23,6 +24,7 @@ def push(port: int, datasets: Iterable[Dataset], *, calling: str = "SCANNER", re
     ae.requested_contexts = [c for c in AllStoragePresentationContexts if c.abstract_syntax in classes]
     association = ae.associate("127.0.0.1", port, ae_title="RESCAN")
     assert association.is_established, "the association was refused"
+    keep_answers(association)
     statuses = [association.send_c_store(ds).Status for ds in datasets]
     if release:
         association.release()
