@@ -200,6 +200,9 @@ ARTEFACT_NAMES = {
     "motion": "motion",
 }
 
+TOLD_REASONS = 3
+"""The two tests and the artefact; what the judge adds after them is said by `not_concluded` and `basis`."""
+
 NOT_CONCLUDED = "Only grey matter was judged: artefacts elsewhere in the image are not, and no anatomy or disease is."
 
 
@@ -268,7 +271,7 @@ def message_of(result: Mapping[str, Any], state: State, now: float) -> dict[str,
         "scanner": result["scanner"],
         "series_number": series.get("number"),
         "seconds_since_end": None if ended_at is None else round(max(now - ended_at, 0.0), 1),
-        "reason": " ".join(reason["text"] for reason in result["reasons"][:2]),
+        "reason": " ".join(reason["text"] for reason in result["reasons"][:TOLD_REASONS]),
         "place": place,
         "quality": _quality(result),
         "advice": " ".join(advice["text"] for advice in result["advice"]) or None,
@@ -292,7 +295,7 @@ def _headline(result: Mapping[str, Any], state: State, place: str | None) -> str
     artefact = ARTEFACT_NAMES.get(result["dominant_artefact"] or "", "too uncertain for the measurement")
     what = artefact if place is None else f"{artefact}, {place}"
     heads = {
-        State.RAISED: "Repeat",
+        State.RAISED: "Repeat" if result["verdict"] == Verdict.RESCAN else "At the border, look at",
         State.ACKNOWLEDGED: "Seen:",
         State.RESOLVED: "Resolved by a repeat:",
         State.SUPERSEDED: "A repeat was better than",

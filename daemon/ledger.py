@@ -915,18 +915,29 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     """Open or make the file and bring it up to date."""
     _refuse_strange(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    db = _connect(path)
     try:
-        db = _connect(path)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute("PRAGMA foreign_keys = ON")
         _migrate(db, path)
     except sqlite3.DatabaseError as error:
-        raise LedgerError(
-            f"{path}: cannot be used ({error}); restore it from a backup, or move it away to begin a new log"
-        ) from None
+        db.close()
+        raise _unusable(path, error) from None
+    except LedgerError:
+        db.close()
+        raise
     path.chmod(0o600)
     return db
+
+
+def _unusable(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
+    """What to do depends on whether someone else holds it or it is damaged."""
+    if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return LedgerError(f"{path}: another program holds it ({error}); stop that one first")
+    return LedgerError(
+        f"{path}: cannot be used ({error}); restore it from a backup, or move it away to begin a new log"
+    )
 
 
 def _refuse_strange(path: Path) -> None:

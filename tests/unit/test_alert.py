@@ -181,6 +181,12 @@ def test_what_is_unknown_is_absent() -> None:
     assert said["headline"] == "Repeat the scan on mr1: too uncertain for the measurement"
 
 
+def test_an_alert_that_a_better_verdict_holds_does_not_ask_for_a_repeat() -> None:
+    """Within the margin of clearing a person is asked to look."""
+    head = message_of(result(verdict="REVIEW", dice=0.855), State.RAISED, START)["headline"]
+    assert head.startswith("At the border, look at series 5 on mr1")
+
+
 @pytest.mark.parametrize("state", sorted(PUBLISHED))
 def test_every_published_state_has_its_headline(state: State) -> None:
     """A person can tell the states apart by the first words."""
