@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from daemon.card import CARD_VERSION, Calibration, Card
 from daemon.judge import judge, test_a, test_b
 from daemon.prepare import BUCKETS, SPACING_MM, Box, Prepared
-from daemon.score import Scores, score_reduced
+from daemon.score import TINY, Scores, score_reduced
 from daemon.words import ARTEFACTS, Verdict
 from training.evaluation.observe import Observation, reduced_of, severity
 from training.evaluation.scans import CLEAN, Facts
@@ -229,7 +229,7 @@ def decoupling(rows: Sequence[Row]) -> dict[str, Any]:
     visible = [r for r in known if r.severity == "visible"]
     if not clean:
         return {}
-    floor = np.mean([_variances(r) for r in clean], axis=0)
+    floor = np.maximum(np.mean([_variances(r) for r in clean], axis=0), TINY)
     matrix, used = _matrix(visible, floor)
     all_levels, _ = _matrix([r for r in known if r.facts.artefact != CLEAN], floor)
     named = [(r, _highest(r, floor)) for r in known if r.facts.artefact in ARTEFACTS]
