@@ -53,6 +53,7 @@ class Plan:
         calibration: for a checkpoint that carries none.
         resamples: of every bootstrap.
         limit: scans per set, clean ones first; None takes all.
+        make: make the scans that are missing; False takes what is there.
     """
 
     student: Path
@@ -69,6 +70,7 @@ class Plan:
     calibration: Calibration | None
     resamples: int
     limit: int | None = None
+    make: bool = True
 
 
 def evaluate(plan: Plan) -> dict[str, Any]:
@@ -82,7 +84,8 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     """
     begun, severities = time.monotonic(), read_severities()
     root, cache = plan.scratch / "scans", plan.scratch / "seen"
-    make_sets_side_by_side(plan.workers, root, plan.sets, plan.sources, plan.shared, severities, plan.small)
+    if plan.make:
+        make_sets_side_by_side(plan.workers, root, plan.sets, plan.sources, plan.shared, severities, plan.small)
     runner = open_runner(plan.student, plan.engine)
     card = _card(plan)
     seen = {
@@ -310,6 +313,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument(
         "--limit", type=int, help="at most so many scans per set, clean ones first: for the temperature, or a look"
     )
+    p.add_argument("--no-make", action="store_true", help="take the scans that are there, make none")
     p.set_defaults(func=_command)
 
 
@@ -335,6 +339,7 @@ def _command(args: argparse.Namespace) -> int:
         calibration=_read_calibration(args.calibration),
         resamples=args.resamples,
         limit=args.limit,
+        make=not args.no_make,
     )
     metrics = evaluate(plan)
     for goal in metrics["goals"]:
