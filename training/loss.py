@@ -113,7 +113,7 @@ def mean_consistency(log_variance: Tensor, target: Tensor, weight: Tensor, chann
 
     Args:
         log_variance: (N, C, D, H, W) s.
-        target: (N, C, D, H, W) sigma^2; may be negative where it is a noisy difference.
+        target: (N, C, D, H, W) sigma^2 >= 0; a negative one has no minimum.
         weight: (N, D, H, W).
         channels: (C,) weight of each channel.
     """
@@ -172,8 +172,8 @@ def combine(
         eps: see `heteroscedastic`.
         form: see `heteroscedastic`.
         channels: (T,) weights of the targets.
-        own: variance that has no target and takes what the others leave of 2 CE - eps; used by the faithful form, in
-            which it is regressed on that difference.
+        own: variance that has no target and takes what the task leaves of 2 CE; used by the faithful form, in which it
+            is regressed on the local mean of that excess.
     """
     variance = torch.exp(log_variance)
     total = variance.sum(dim=1)
@@ -199,10 +199,11 @@ def _regressed(
     """The faithful form's part for the variances; see `combine`."""
     left = (2.0 * ce.detach().clamp_max(CE_MAX) - eps).unsqueeze(1)
     if targets is None:
-        return mean_consistency(log_variance, left, weight, left.new_ones(1))
+        return mean_consistency(log_variance, left.clamp_min(0.0), weight, left.new_ones(1))
     weights = left.new_ones(targets.shape[1]) if channels is None else channels
     held = mean_consistency(log_variance[:, : targets.shape[1]], targets, weight, weights)
     if own is None:
         return held
-    # In the field's wrong voxels outside the head the task expects nothing, so all of their error is the artefact's.
-    return held + mean_consistency(log_variance[:, own : own + 1], left - targets[:, :1], weight, left.new_ones(1))
+    # One voxel's cross entropy is a coin thrown once: only its mean over a neighbourhood tells an excess from luck.
+    excess = F.avg_pool3d(left + eps - targets[:, :1], 5, stride=1, padding=2, count_include_pad=False).clamp_min(0.0)
+    return held + mean_consistency(log_variance[:, own : own + 1], excess, weight, left.new_ones(1))
