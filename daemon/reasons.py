@@ -58,16 +58,17 @@ VERDICT_REASONS: dict[str, str] = {
 REASONS: dict[str, str] = {**REFUSALS, **VERDICT_REASONS}
 
 ADVICE: dict[str, str] = {
-    "advice_noise": "Check that the head coil is plugged in, selected and closed, then repeat the scan.",
-    "advice_spike": "Repeat the scan once; if the stripes come back, call the service engineer.",
+    "advice_noise": "Check that the head coil is plugged in, selected and closed around the head, then repeat the scan.",
+    "advice_spike": "Repeat the scan once. If the stripes come back, call the service engineer: look for sparking, loose metal, lamps.",
     "advice_blur": "Check matrix, partial Fourier and acceleration against the protocol, then repeat the scan.",
-    "advice_wrap": "Enlarge the field of view or the oversampling, check the phase direction, then repeat the scan.",
-    "advice_motion": "Talk to the patient, pad the head, and repeat the scan.",
+    "advice_wrap": "Enlarge the field of view or the phase oversampling, check the phase direction and the head's position, then repeat.",
+    "advice_motion": "Talk to the patient, pad the head, and repeat the scan; use the fast or motion-corrected protocol if there is one.",
     "advice_repeat": "Look at the images; repeat the scan while the patient is still on the table.",
     "advice_look": "Look at the images before the patient leaves: the scan is at the border.",
     "advice_send_all": "Send the missing images again; the verdict is then renewed.",
     "advice_by_hand": "Judge this scan by eye.",
 }
+"""What to do about it."""
 
 COMPLETENESS: dict[str, str] = {
     "counted": "as many images as the header announces, and a closed geometry",

@@ -14,7 +14,7 @@ from daemon.config import CompletenessSettings
 from daemon.decode import MAX_INSTANCE_BYTES, MAX_SIDE, TRANSFER_SYNTAXES
 from daemon.header import MAX_FRAMES, SUPPORTED
 from daemon.prepare import MAX_VOXELS
-from daemon.reasons import COMPLETENESS, REASONS, REFUSALS
+from daemon.reasons import ADVICE, COMPLETENESS, REASONS, REFUSALS
 from daemon.receive import STATUSES
 from daemon.receive import TRANSFER_SYNTAXES as ACCEPTED
 from daemon.rules import DEFAULT_RULE, Rule, load_rules
@@ -108,3 +108,17 @@ def test_every_code_that_is_told_stands_in_the_one_list(module: str) -> None:
     told = re.findall(r"""(?:Refusal|Reason|_reason)\(\s*["']([a-z_0-9]+)["']""", source)
     advice = {code for code in told if code.startswith("advice_")}
     assert set(told) - advice <= set(REASONS)
+
+
+def test_the_advice_that_is_given_is_the_advice_of_the_one_list() -> None:
+    """Word for word."""
+    from daemon import judge
+
+    given = [
+        *judge.ADVICE.values(),
+        judge.ADVICE_REPEAT,
+        judge.ADVICE_LOOK,
+        judge.ADVICE_SEND_ALL,
+        judge.ADVICE_BY_HAND,
+    ]
+    assert {advice.code: advice.text for advice in given} == ADVICE
