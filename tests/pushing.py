@@ -9,6 +9,7 @@ from pynetdicom import AE, AllStoragePresentationContexts
 
 from daemon.send import keep_answers
 from tests.builders import build_classic_series, head_phantom
+from tests.serving import patience
 
 
 def head(seed: str = "head", **overrides: object) -> list[Dataset]:
@@ -21,6 +22,7 @@ def push(port: int, datasets: Iterable[Dataset], *, calling: str = "SCANNER", re
     datasets = list(datasets)
     classes = {ds.SOPClassUID for ds in datasets}
     ae = AE(calling)
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = patience(60)
     ae.requested_contexts = [c for c in AllStoragePresentationContexts if c.abstract_syntax in classes]
     association = ae.associate("127.0.0.1", port, ae_title="RESCAN")
     assert association.is_established, "the association was refused"
@@ -36,6 +38,7 @@ def push(port: int, datasets: Iterable[Dataset], *, calling: str = "SCANNER", re
 def echo(port: int) -> int:
     """The status of a C-ECHO."""
     ae = AE("ECHO")
+    ae.acse_timeout = ae.dimse_timeout = patience(30)
     ae.add_requested_context("1.2.840.10008.1.1")
     association = ae.associate("127.0.0.1", port, ae_title="RESCAN")
     assert association.is_established

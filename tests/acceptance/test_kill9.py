@@ -37,7 +37,7 @@ class Sender:
         deadline = time.monotonic() + patience(120)
         while self.left and time.monotonic() < deadline:
             ae = AE("SCANNER")
-            ae.network_timeout = ae.acse_timeout = ae.dimse_timeout = 10
+            ae.network_timeout = ae.acse_timeout = ae.dimse_timeout = patience(10)
             ae.add_requested_context(MRImageStorage)
             association = ae.associate("127.0.0.1", self.port(), ae_title="RESCAN")
             while association.is_established and self.left:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from referencing import Registry, Resource
 
 from daemon.watchdog import notify
 from tests.pushing import echo, head, push
@@ -169,6 +170,7 @@ def test_a_missing_model_is_told_and_mended_while_it_runs(tmp_path: Path, studen
     with Serving(tmp_path / "state", model=model).start(ready=False) as daemon:
         line = daemon.log.wait(lambda f: f.get("event") == "not_ready")
         assert "model.onnx" in line["reason"]
+        daemon.log.wait(lambda f: f.get("event") == "restored")
         status, body = daemon.get("/readyz")
         assert (status, len(json.loads(body)["reasons"])) == (503, 1)
         assert echo(daemon.ports["dicom"]) == 0x0000
@@ -222,8 +224,9 @@ def test_results_satisfy_the_published_schema(daemon: Serving) -> None:
     found = sqlite3.connect(f"file:{daemon.state / 'ledger.db'}?mode=ro", uri=True)
     bodies = [json.loads(row[0]) for row in found.execute("SELECT body FROM event WHERE stream = 'score'")]
     found.close()
-    (schema,) = [p for p in folder.rglob("*.json") if "score" in p.name]
-    validator = jsonschema.Draft202012Validator(json.loads(schema.read_text()))
+    schemas = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")}
+    registry = Registry().with_resources((each["$id"], Resource.from_contents(each)) for each in schemas.values())
+    validator = jsonschema.Draft202012Validator(schemas["score"], registry=registry)
     assert bodies
     for body in bodies:
         validator.validate(body)
