@@ -72,6 +72,16 @@ class Lines:
                     raise TimeoutError("no such log line; the last were\n" + "\n".join(self.all[-30:]))
                 self.changed.wait(min(left, 1.0))
 
+    def until(self, holds: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+        """Wait until something holds; looked at after each new line."""
+        deadline = time.monotonic() + patience(limit_s)
+        with self.changed:
+            while not holds():
+                left = deadline - time.monotonic()
+                if left <= 0 or self.ended:
+                    raise TimeoutError("it never held; the last lines were\n" + "\n".join(self.all[-30:]))
+                self.changed.wait(min(left, 1.0))
+
 
 def fields(line: str) -> dict[str, str]:
     """The fields of a log line; {} where it is none."""

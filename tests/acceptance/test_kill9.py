@@ -101,7 +101,7 @@ def test_nothing_is_lost_or_told_twice_when_processes_are_killed(tmp_path: Path,
         acknowledged = set().union(*(sender.acknowledged for sender in senders))
         assert acknowledged <= spooled(daemon.state), f"seed {seed}"
         whole = {str(len(each)) for each in datasets.values()}
-        daemon.log.wait(lambda _: len(complete(daemon.state, whole)) == len(SERIES))
+        daemon.log.until(lambda: len(complete(daemon.state, whole)) == len(SERIES), 120)
     told = results(tmp_path / "state")
     finals = Counter((r["stack_ref"], r["revision"]) for r in told if r["final"])
     assert set(finals.values()) == {1}, f"seed {seed}"
