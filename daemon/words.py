@@ -21,7 +21,7 @@ ARTEFACTS = ("noise", "spike", "blur", "wrap", "motion")
 class Verdict(StrEnum):
     """What Rescan says of one stack."""
 
-    PASS = "PASS"
+    PASS = "PASS"  # noqa: S105 - a verdict, no password
     REVIEW = "REVIEW"
     RESCAN = "RESCAN"
     CANNOT_JUDGE = "CANNOT_JUDGE"

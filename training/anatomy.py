@@ -94,7 +94,7 @@ def pack(folder: Path, out: Path) -> int:
     packed = {}
     for file in files:
         try:
-            image = nibabel.as_closest_canonical(nibabel.load(file))
+            image: Any = nibabel.as_closest_canonical(nibabel.load(file))  # type: ignore[no-untyped-call]
             labels = np.asarray(image.dataobj)
         except Exception as error:
             raise ValueError(f"{file.name}: cannot be read as NIfTI ({error})") from error
@@ -369,7 +369,7 @@ def read_real(scan: RealScan) -> Head:
     arrays = []
     for file in (scan.image, scan.labels):
         try:
-            loaded = nibabel.load(file)
+            loaded: Any = nibabel.load(file)
             arrays.append((np.asarray(loaded.dataobj, dtype=np.float32), np.asarray(loaded.affine, dtype=np.float64)))
         except Exception as error:
             raise ValueError(f"{file.name}: cannot be read as NIfTI or MGZ ({error})") from error
@@ -431,8 +431,8 @@ def _load_folder(folder: Path) -> list[Source]:
 def _load_manifest(path: Path) -> list[Source]:
     import csv
 
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    with path.open(newline="") as table:
+        rows = list(csv.DictReader(table))
     scans: list[Source] = []
     for number, row in enumerate(rows, start=2):
         if not {"name", "image", "labels"} <= row.keys():

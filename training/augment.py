@@ -42,6 +42,7 @@ def augment(images: Tensor, labels: Tensor, draw: Augmentation) -> tuple[Tensor,
     Args:
         images: (T, D, H, W) float32, negative values mark cells outside the field of view and stay negative.
         labels: (D, H, W).
+        draw: what to do.
 
     Returns:
         Both, flipped; the images also shaded.

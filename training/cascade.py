@@ -154,6 +154,9 @@ def run(
 
     Args:
         bank: folder with `train` and `val` banks (see `training.bank`); they may still be growing.
+        profile: sizes and schedule.
+        device: where to train.
+        facts: what each checkpoint shall say of its origin.
         out: leaves `task.pt`, `teacher_<artefact>.pt`, `student.pt` and their curves.
         only: names of stages to train here (teachers may run side by side on several devices); empty: all.
 

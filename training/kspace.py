@@ -27,24 +27,28 @@ AXES = (-3, -2, -1)
 
 def fft3(image: Tensor) -> Tensor:
     """Centred 3-D Fourier transform, unnormalised: zero frequency at index n // 2 of each axis."""
-    return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(image, dim=AXES), dim=AXES), dim=AXES)
+    out: Tensor = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(image, dim=AXES), dim=AXES), dim=AXES)
+    return out
 
 
 def ifft3(k: Tensor) -> Tensor:
     """Inverse of `fft3`; complex."""
-    return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(k, dim=AXES), dim=AXES), dim=AXES)
+    out: Tensor = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(k, dim=AXES), dim=AXES), dim=AXES)
+    return out
 
 
 def fft1(image: Tensor, axis: int) -> Tensor:
     """Centred transform along one axis (0, 1, 2 of the volume): enough for what edits whole lines or planes."""
     d = axis - 3
-    return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=d), dim=d), dim=d)
+    out: Tensor = torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=d), dim=d), dim=d)
+    return out
 
 
 def ifft1(k: Tensor, axis: int) -> Tensor:
     """Inverse of `fft1`."""
     d = axis - 3
-    return torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(k, dim=d), dim=d), dim=d)
+    out: Tensor = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(k, dim=d), dim=d), dim=d)
+    return out
 
 
 @dataclass(frozen=True)
@@ -453,7 +457,8 @@ def registration_shift(reference: Tensor, moved: Tensor, band: int = 8) -> Tenso
     f = torch.stack(torch.meshgrid(*grids, indexing="ij"), dim=-1).reshape(-1, 3)
     weight, phase = cross.abs().reshape(-1), cross.angle().reshape(-1)
     design = -2.0 * math.pi * f * weight.sqrt()[:, None]
-    return torch.linalg.lstsq(design, (phase * weight.sqrt())[:, None]).solution.reshape(3)
+    shift: Tensor = torch.linalg.lstsq(design, (phase * weight.sqrt())[:, None]).solution.reshape(3)
+    return shift
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,7 +521,8 @@ def draw_wrap(rng: Generator, ranges: Ranges) -> Corruption:
 
 def draw_motion(rng: Generator, ranges: Ranges) -> Motion:
     """Two published parameter sets, half of the draws each (method, section 2), times a common severity factor."""
-    factor = float(math.exp(rng.uniform(*(math.log(v) for v in ranges.motion_scale))))
+    low, high = (math.log(v) for v in ranges.motion_scale)
+    factor = math.exp(float(rng.uniform(low, high)))
     if rng.random() < 0.5:
         large, small, window = int(rng.poisson(1)), min(int(rng.poisson(5)), 4), (0.0, 1.0)
         sizes = ((5.4, 3.0), (0.54, 0.3))

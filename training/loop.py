@@ -78,6 +78,8 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
     """Train one stage to its end, or continue it; a finished stage is only read.
 
     Args:
+        stage: what to train.
+        device: where.
         out: folder; leaves `<stage>.pt`, and `<stage>.curve.jsonl` with one line per validation.
         validate_every: steps between validations.
         facts: goes into the checkpoint (profile, data, commit).
@@ -204,4 +206,4 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder))

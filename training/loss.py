@@ -87,7 +87,8 @@ def consistency(predicted: Tensor, target: Tensor, weight: Tensor, channels: Ten
     """Eq. 7 on variances (not their logarithms): L1 + gradient L1 + 0.1 SSIM.
 
     Args:
-        predicted, target: (N, C, D, H, W) sigma^2.
+        predicted: (N, C, D, H, W) sigma^2.
+        target: (N, C, D, H, W) sigma^2 of the frozen networks.
         weight: (N, D, H, W).
         channels: (C,) weight of each channel; None is 1 each (L5).
 

@@ -59,6 +59,7 @@ class StandardConv(nn.Module):
         return (w - mean) / std * (self.gain * self.scale)[:, None, None, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, cin, D, H, W) -> (N, cout, D, H, W)."""
         return F.conv3d(x, self.folded(), self.bias, padding=1)
 
 
@@ -71,6 +72,7 @@ class Block(nn.Module):
         self.second = StandardConv(cout, cout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, cin, D, H, W) -> (N, cout, D, H, W)."""
         return F.leaky_relu(self.second(F.leaky_relu(self.first(x), LEAK)), LEAK)
 
 
@@ -95,6 +97,7 @@ class UNet(nn.Module):
         self.log_variance.bias = nn.Parameter(torch.full((config.variances,), -0.7))
 
     def features(self, x: Tensor) -> Tensor:
+        """(N, 1, D, H, W) -> (N, widths[0], D, H, W): what both heads see."""
         skips = []
         for i, block in enumerate(self.down):
             x = block(x if i == 0 else F.max_pool3d(x, 2))
@@ -106,6 +109,7 @@ class UNet(nn.Module):
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and log-variances of an image."""
         features = self.features(x).float()
         with torch.autocast(x.device.type, enabled=False):
             log_variance = self.log_variance(features).clamp(LOG_VARIANCE_MIN, LOG_VARIANCE_MAX)

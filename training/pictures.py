@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from daemon.prepare import prepare, resample_to_box
+from daemon.prepare import prepare
 from daemon.words import ARTEFACTS, Array, Refusal
 from training import kspace
 from training.anatomy import Head, Source, make_head

@@ -104,8 +104,8 @@ def test_blur_removes_exactly_the_asked_band(head: torch.Tensor) -> None:
 def test_dropped_lines_are_zero_and_the_centre_stays(head: torch.Tensor) -> None:
     """Each n-th line is gone, but never the centre and its neighbours."""
     keep = ks.line_pattern(56, ks.LineMask(1, 4, 0, 0.0, 1))
-    assert keep[26:30].tolist() == [1, 1, 1, 1] or keep[27:30].tolist() == [1, 1, 1]
-    assert keep[0] == 0 and keep[4] == 0 and keep[1] == 1
+    assert keep[27:30].tolist() == [1, 1, 1]
+    assert keep[:5].tolist() == [0, 1, 1, 1, 0]
     k = ks.fft1(ks.drop_lines(head, ks.LineMask(1, 4, 0, 0.0, 1)), 1)
     assert float(k[:, keep == 0].abs().max()) < 1e-4
 

@@ -137,7 +137,7 @@ def test_maps_come_back_to_the_source_grid(head: Volume, codes: tuple[int, int, 
     ],
     ids=["empty", "flat", "sheared", "nan", "fragment", "no vertex", "top only"],
 )
-def test_what_is_no_head_is_refused(head: Volume, spoil, code: str) -> None:  # noqa: ANN001
+def test_what_is_no_head_is_refused(head: Volume, spoil, code: str) -> None:
     """Each assumption that fails has its own code."""
     with pytest.raises(Refusal) as refusal:
         prepare(spoil(head))

@@ -73,10 +73,10 @@ def test_packing_is_lossless(subject: an.Subject, tmp_path: Path) -> None:
         (lambda d: _write(d / "scans.csv", b"name,image,labels\na,a.nii,b.nii\n"), "a.nii is missing"),
         (lambda d: _write(d / "scans.csv", b"who,what\n1,2\n"), "expected the columns"),
         (lambda d: _write(d / "scans.csv", b"name,image,labels\n"), "lists no scan"),
-        (lambda d: str(d), "no \\*.nii.gz"),
+        (str, "no \\*.nii.gz"),
     ],
 )
-def test_bad_data_is_named(make, message: str, tmp_path: Path) -> None:  # noqa: ANN001
+def test_bad_data_is_named(make, message: str, tmp_path: Path) -> None:
     """Every bad data argument ends with a sentence that names it."""
     with pytest.raises(ValueError, match=message):
         an.load_subjects(make(tmp_path))
@@ -100,11 +100,11 @@ def test_bad_scans_are_named(tmp_path: Path) -> None:
     def scan(image: str, labels: str) -> an.RealScan:
         return an.RealScan("x", tmp_path / image, tmp_path / labels)
 
-    with pytest.raises(ValueError, match="junk.nii"):
+    with pytest.raises(ValueError, match=r"junk\.nii"):
         an.read_real(scan("junk.nii", "good.nii"))
-    with pytest.raises(ValueError, match="other.nii"):
+    with pytest.raises(ValueError, match=r"other\.nii"):
         an.read_real(scan("good.nii", "other.nii"))
-    with pytest.raises(ValueError, match="holes.nii: 1 voxels"):
+    with pytest.raises(ValueError, match=r"holes\.nii: 1 voxels"):
         an.read_real(scan("holes.nii", "good.nii"))
 
 

@@ -20,7 +20,7 @@ def make_stage(steps: int = 6, fail_at: int | None = None, nan_at: int | None = 
     torch.manual_seed(0)
     network = UNet(NetworkConfig((2, 4), 1))
 
-    def loss(step: int, eps: float, model):  # noqa: ANN001, ANN202
+    def loss(step: int, eps: float, model):
         if step == fail_at:
             raise KeyboardInterrupt
         g = torch.Generator().manual_seed(step)

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed: training tests need the training extra")
 
-from training import loss as L  # noqa: E402,N812
+from training import loss as L  # noqa: E402
 
 
 @pytest.fixture
