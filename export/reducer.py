@@ -90,8 +90,9 @@ def build_reducer() -> ModelProto:
         GraphError: an operator outside `OPERATORS`, or one that holds a spatial size.
     """
     shape = BUCKETS[0]
-    ones = torch.ones((1, 1, *shape))
-    inputs = (ones, ones, ones, torch.ones((1, 5, *shape)), torch.ones((1, 2, *shape)), torch.ones(1))
+    # A tensor of its own for each input: the exporter takes one that is given twice for one input.
+    channels = (1, 1, 1, 5, 2)
+    inputs = (*(torch.rand((1, n, *shape)) for n in channels), torch.ones(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

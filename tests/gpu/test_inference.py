@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.small_student import student
+from tests.network_student import network_student
 
-__all__ = ["student"]
+__all__ = ["network_student"]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,12 @@ def script() -> ModuleType:
     return module
 
 
-def test_the_script_runs_on_the_cpu(script: ModuleType, student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_runs_on_the_cpu(
+    script: ModuleType, network_student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every stage is timed and printed, with FLOPs, bytes and the share of the ceiling, on a small bucket."""
     flags = ["--device", "cpu", "--bucket", "16x24x32", "--rounds", "2", "--matrix", "256", "--no-parity"]
-    assert script.main([str(student), *flags]) == 0
+    assert script.main([str(network_student), *flags]) == 0
     out = capsys.readouterr().out
     assert "| torch eager fp32 | 16x24x32" in out
     assert "| cpu fp32 | 16x24x32" in out
@@ -35,9 +37,11 @@ def test_the_script_runs_on_the_cpu(script: ModuleType, student: Path, capsys: p
 
 
 @pytest.mark.gpu
-def test_parity_and_latency_on_the_gpu(script: ModuleType, student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parity_and_latency_on_the_gpu(
+    script: ModuleType, network_student: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """No map, score or verdict differs on CUDA, and a verdict takes less than 150 ms."""
     if not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU answers torch here")
-    assert script.main([str(student)]) == 0
+    assert script.main([str(network_student)]) == 0
     print(capsys.readouterr().out)

@@ -139,9 +139,9 @@ def test_the_reducing_graph_is_the_reduction_of_the_daemon() -> None:
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_the_device_copies_back_sums_instead_of_maps(student: Path) -> None:
+def test_the_device_copies_back_sums_instead_of_maps(network_student: Path) -> None:
     """Through the binding that a GPU uses, here on the CPU: kilobytes instead of seven maps, and the same sums."""
-    model = read_model(student)
+    model = read_model(network_student)
     head = made_up_head()
     sessions = [
         onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
@@ -158,9 +158,9 @@ def test_the_device_copies_back_sums_instead_of_maps(student: Path) -> None:
     assert Reduced.from_sums(sums).gm_sum == pytest.approx(expected.gm_sum, rel=1e-5)
 
 
-def test_the_file_is_self_contained_and_knows_nothing_of_this_machine(student: Path) -> None:
+def test_the_file_is_self_contained_and_knows_nothing_of_this_machine(network_student: Path) -> None:
     """Card, golden case and reducer inside; no path, no trace of the exporter's stack."""
-    model = read_model(student)
+    model = read_model(network_student)
     assert model.golden
     assert model.reducer
     assert len(model.golden) <= MAX_GOLDEN_BYTES
@@ -185,18 +185,18 @@ def test_the_golden_case_survives_packing() -> None:
         decode_volume("AAAA")
 
 
-def test_a_calibration_is_embedded_without_touching_the_graph(student: Path, tmp_path: Path) -> None:
+def test_a_calibration_is_embedded_without_touching_the_graph(network_student: Path, tmp_path: Path) -> None:
     """`rescan-export card`: the same graph hash, another calibration, a renewed golden verdict; another temperature is refused."""
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({"version": "9", "calibration": calibration(bad=True), "evaluation": {"rho": -0.9}}))
     out = tmp_path / "new.onnx"
-    assert main(["card", str(student), "--calibration", str(facts), "-o", str(out)]) == 0
-    old, new = read_model(student).card, read_model(out).card
+    assert main(["card", str(network_student), "--calibration", str(facts), "-o", str(out)]) == 0
+    old, new = read_model(network_student).card, read_model(out).card
     assert new.graph_sha256 == old.graph_sha256
     assert (new.version, new.evaluation) == ("9", {"rho": -0.9})
     assert (old.golden.verdict, new.golden.verdict) == ("PASS", "RESCAN")
     facts.write_text('{"temperature": 2.0}')
-    assert main(["card", str(student), "--calibration", str(facts), "-o", str(out)]) == 1
+    assert main(["card", str(network_student), "--calibration", str(facts), "-o", str(out)]) == 1
 
 
 def test_facts_that_nobody_knows_are_an_error(tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, capsys: pyte
         main(["onnx"])
 
 
-def test_parity_names_maps_scores_and_verdicts(student: Path) -> None:
+def test_parity_names_maps_scores_and_verdicts(network_student: Path) -> None:
     """ONNX Runtime against torch on one small head: passes; a doctored outcome fails by score and by verdict."""
-    model = read_model(student)
+    model = read_model(network_student)
     head = made_up_head((48, 48, 48))
     rows = compare(model, "cpu", "fp32", [("head", head)])
     assert rows[0].passed

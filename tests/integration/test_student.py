@@ -37,8 +37,8 @@ SMALL = (16, 24, 32)
 
 
 @pytest.fixture(scope="module")
-def model(student: Path) -> ModelFile:
-    return read_model(student)
+def model(network_student: Path) -> ModelFile:
+    return read_model(network_student)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def engine(request: pytest.FixtureRequest, model: ModelFile) -> engines.Engine:
     return opened
 
 
-def test_auto_takes_the_best_engine_there_is_and_says_what_it_passed_over(student: Path) -> None:
+def test_auto_takes_the_best_engine_there_is_and_says_what_it_passed_over(network_student: Path) -> None:
     """Without a GPU: OpenVINO, in float32 while nothing faster is admitted; the GPU engines with reason and remedy."""
     said: list[str] = []
-    opened = Student.open(student, threads=1, say=said.append)
+    opened = Student.open(network_student, threads=1, say=said.append)
     facts = opened.describe()
     assert (facts["provider"], facts["precision"]) == ("openvino", "fp32")
     assert facts["runtime"].startswith("OpenVINO 20")
@@ -139,9 +139,9 @@ def test_one_altered_weight_fails_the_golden_case(model: ModelFile, tmp_path: Pa
         Student.open(altered(model, tmp_path / "altered.onnx"), "cpu", threads=1)
 
 
-def test_one_flipped_bit_fails_the_hash(student: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_fails_the_hash(network_student: Path, tmp_path: Path) -> None:
     """A file damaged on the way is refused before an engine sees it."""
-    data = bytearray(student.read_bytes())
+    data = bytearray(network_student.read_bytes())
     data[len(data) // 20] ^= 1
     path = tmp_path / "flipped.onnx"
     path.write_bytes(data)
@@ -159,10 +159,10 @@ def test_a_file_without_golden_case_is_not_served(model: ModelFile) -> None:
         Student(other, open_engine(other, "cpu", "fp32", 1)).check_golden()
 
 
-def test_a_bucket_that_does_not_fit_is_refused_before_it_is_allocated(student: Path) -> None:
+def test_a_bucket_that_does_not_fit_is_refused_before_it_is_allocated(network_student: Path) -> None:
     """The message states need, what is free, and the remedy."""
     with pytest.raises(MemoryShort, match=r"bucket 96x112x96 needs about \d+ MiB, 8 MiB are free; free memory"):
-        Student.open(student, "cpu", memory_limit_bytes=8 * 2**20)
+        Student.open(network_student, "cpu", memory_limit_bytes=8 * 2**20)
 
 
 def test_tiles_are_taken_where_memory_is_short_and_say_so(model: ModelFile) -> None:
@@ -207,12 +207,12 @@ def test_stated_memory_grows_with_the_bucket_and_shrinks_with_the_precision(mode
 
 
 @pytest.mark.parametrize("name", ["cuda", "tensorrt"])
-def test_a_missing_gpu_library_is_one_line_and_never_the_cpu(student: Path, name: str) -> None:
+def test_a_missing_gpu_library_is_one_line_and_never_the_cpu(network_student: Path, name: str) -> None:
     """Where this ONNX Runtime has no GPU provider the student does not open."""
     if engines._PROVIDERS[name] in __import__("onnxruntime").get_available_providers():
         pytest.skip("this ONNX Runtime has the provider")
     with pytest.raises(EngineMissing, match=rf"engine {name}: .*install the extra"):
-        Student.open(student, name)
+        Student.open(network_student, name)
 
 
 class FakeRuntime:

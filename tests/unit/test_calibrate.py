@@ -21,10 +21,12 @@ from daemon.words import ARTEFACTS
 from training.calibrate import (
     LOGIT_EDGES,
     RATE,
+    Alarm,
     CalibrationImpossible,
     Sample,
     _Partial,
     decide,
+    fit_alarm,
     fit_bounds,
     fit_calibration,
     fit_dice,
@@ -216,12 +218,19 @@ def test_heads_are_never_split() -> None:
 
 
 def test_too_few_scans_are_said_not_guessed() -> None:
-    """Too few clean heads for 5 % at 95 %, or too few of one artefact: the message says how many are needed."""
-    with pytest.raises(CalibrationImpossible, match="at least 59"):
-        fit_calibration(population(100), "few")
-    rare = [s for s in population() if s.artefact != "blur"]
-    with pytest.raises(CalibrationImpossible, match="artefact blur"):
+    """Too few clean heads for Test B, or an artefact that is not there: the message says how many are needed."""
+    with pytest.raises(CalibrationImpossible, match="12 clean heads, at least 19"):
+        fit_alarm([0.1 * i for i in range(12)])
+    rare = [s for s in population(80) if s.artefact != "blur"]
+    with pytest.raises(CalibrationImpossible, match="artefact blur: 0 scans"):
         fit_calibration(rare, "no blur")
+
+
+def test_fewer_than_59_clean_heads_lower_the_stated_confidence() -> None:
+    """40 heads: the largest clean risk, and 1 - 0.95^40 = 87 % instead of 95 %; 59 and more: 95 %."""
+    assert fit_alarm([float(i) for i in range(40)]) == Alarm(39.0, 0.8715, 40)
+    assert fit_alarm([float(i) for i in range(59)]) == Alarm(58.0, 0.95, 59)
+    assert fit_alarm([float(i) for i in range(200)]) == Alarm(195.0, 0.95, 200)
 
 
 def test_samples_survive_their_file(tmp_path: Path) -> None:
