@@ -349,7 +349,7 @@ def load(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Ef
         ConfigError: a value that cannot be used; one line.
     """
     data = _read_toml(file) if file else {}
-    origins = {path: "file" for path in _paths(data)}
+    origins = dict.fromkeys(_paths(data), "file")
     for path, value in (flags or {}).items():
         _put(data, path, value)
         origins[path] = "flag"

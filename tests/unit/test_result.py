@@ -67,7 +67,7 @@ def test_the_site_key_is_made_once_and_only_its_owner_may_read_it(tmp_path: Path
     assert SiteKey.load(tmp_path).ref("x") == first.ref("x")
     assert [p.name for p in tmp_path.iterdir()] == ["site.key"]
     path.write_text("spoilt")
-    with pytest.raises(ValueError, match="site.key"):
+    with pytest.raises(ValueError, match=r"site\.key"):
         SiteKey.load(tmp_path)
 
 
