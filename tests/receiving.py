@@ -8,7 +8,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -59,6 +60,15 @@ def make_dataset(
         + explicit_element(0x00100010, b"PN", b"CANARY^PATIENT", order)
         + explicit_element(0x7FE00010, b"OW", bytes([fill % 256]) * (size_bytes + size_bytes % 2), order)
     )
+
+
+def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+    """Return once it holds; fail when it does not within the limit."""
+    deadline, pause = time.monotonic() + limit_s, threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"expected a condition within {limit_s:g} s; it never held")
+        pause.wait(0.005)
 
 
 # --- receivers --------------------------------------------------------------------------------------------------------

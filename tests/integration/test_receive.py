@@ -37,6 +37,7 @@ from tests.receiving import (
     pack_values,
     receiving,
     uid,
+    until,
 )
 
 ACCEPTED, REJECTED, ABORTED, RELEASED = 2, 3, 7, 6
@@ -50,12 +51,8 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 
 def wait_for_records(running: Running, count: int) -> list[Any]:
-    """All records, once there are so many; a test that waits in vain is ended by the limit."""
-    done = threading.Event()
-    for _ in range(500):
-        if len(running.records()) >= count:
-            break
-        done.wait(0.02)
+    """All records, once there are so many."""
+    until(lambda: len(running.records()) >= count)
     return running.records()
 
 
@@ -299,8 +296,7 @@ def test_memory_for_what_comes_in_is_bounded(tmp_path: Path, monkeypatch: pytest
             assert one.associate() == two.associate() == ACCEPTED
             whole = pack_store(uid(1), data)
             one.send(whole[:-100_000])
-            while running.receiver._memory._left > 2 << 20:
-                pass
+            until(lambda: running.receiver._memory._left <= 2 << 20)
             assert two.store(uid(2), make_dataset(uid(2), size_bytes=3 << 20)) == 0xA700
             one.send(whole[-100_000:])
             assert one.response()[0x0900] == b"\0\0"

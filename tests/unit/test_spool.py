@@ -28,7 +28,7 @@ from daemon.spool import (
     StoredInstance,
     remove_segments,
 )
-from tests.receiving import EXPLICIT, MR, make_dataset, uid
+from tests.receiving import EXPLICIT, MR, make_dataset, uid, until
 
 QUOTA = 64 << 20
 
@@ -235,10 +235,7 @@ def test_one_sync_covers_all_who_wait(folder: Path) -> None:
     assert inside.wait(10)
     for thread in threads[1:]:
         thread.start()
-    while True:
-        with writer._state:
-            if writer._last_position == 9:
-                break
+    until(lambda: writer._last_position == 9)
     assert done == []
     release.set()
     for thread in threads:
@@ -328,10 +325,7 @@ def test_a_failed_sync_fails_all_who_wait_on_that_segment(folder: Path) -> None:
     assert inside.wait(10)
     second = threading.Thread(target=work, args=(2,))
     second.start()
-    while True:
-        with writer._state:
-            if writer._last_position == 2:
-                break
+    until(lambda: writer._last_position == 2)
     go.set()
     first.join(10)
     second.join(10)
