@@ -354,7 +354,7 @@ class Client:
         self._handle, self._on_live, self._on_lost = handle, on_live, on_lost
         self._clock, self._start = clock, start
         self._tags = itertools.count(1)
-        self._heard_at = clock()
+        self._heard_at, self._heard = clock(), False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._endpoints = endpoints
         self._open()
@@ -437,7 +437,7 @@ class Client:
         body = _decode(frames[-1])
         if len(frames) != 2 or body is None or body.get("epoch") in self.positions.past:
             return
-        self._heard_at = self._clock()
+        self._heard_at, self._heard = self._clock(), True
         if frames[0] == HEARTBEAT_TOPIC.encode():
             self._take_beat(body)
             return
@@ -484,7 +484,7 @@ class Client:
         )
         if stream is None or answer is None:
             return
-        self._heard_at = self._clock()
+        self._heard_at, self._heard = self._clock(), True
         if answer.get("epoch", self.positions.epoch) != self.positions.epoch:
             stream.tag = None
             if answer["epoch"] not in self.positions.past:
@@ -540,7 +540,7 @@ class Client:
             self._dealer.send(json.dumps(request).encode(), zmq.NOBLOCK)
 
     def _set_live(self, live: bool) -> None:
-        if live and self.live is None and self.ready is None:
+        if live and not self._heard:
             return  # nothing was heard yet, and it is too early to call that silence
         if live is not self.live:
             self.live = live

@@ -16,7 +16,8 @@ import pytest
 
 from daemon.alert import Effect, State, alert_id_of
 from daemon.config import AlertSettings
-from daemon.ledger import SCHEMA, Alert, AlertChange, AlertClosed, Last, Ledger, LedgerError, NoSuchAlert
+from daemon.ledger import Alert, AlertChange, AlertClosed, Last, Ledger, NoSuchAlert
+from daemon.ledger_file import SCHEMA, LedgerError
 from tests.event_builders import START, reference, result
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import ledger as ledger_module
+from daemon import ledger_file
 from daemon.alert import State, alert_id_of
 from daemon.calibration import FILE_NAME, in_force, load_site
 from daemon.client import Positions
@@ -55,14 +55,14 @@ def test_it_goes_on_from_there(state: Path) -> None:
 def test_tables_are_brought_up_to_date_in_one_transaction(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next version's script runs once over the first version's file; one that fails leaves it as it was."""
     script = "ALTER TABLE alert ADD COLUMN note TEXT; CREATE TABLE extra (x INTEGER)"
-    monkeypatch.setattr(ledger_module, "SCHEMA", 2)
-    monkeypatch.setattr(ledger_module, "_MIGRATIONS", (*ledger_module._MIGRATIONS, f"{script}; CREATE NONSENSE"))
-    with pytest.raises(ledger_module.LedgerError, match="backup"):
+    monkeypatch.setattr(ledger_file, "SCHEMA", 2)
+    monkeypatch.setattr(ledger_file, "_MIGRATIONS", (*ledger_file._MIGRATIONS, f"{script}; CREATE NONSENSE"))
+    with pytest.raises(ledger_file.LedgerError, match="backup"):
         Ledger(state / "ledger.db")
     with contextlib.closing(sqlite3.connect(state / "ledger.db")) as db:
         assert db.execute("PRAGMA user_version").fetchone()[0] == 1
         assert db.execute("SELECT COUNT(*) FROM sqlite_master WHERE name = 'extra'").fetchone()[0] == 0
-    monkeypatch.setattr(ledger_module, "_MIGRATIONS", (*ledger_module._MIGRATIONS[:1], script))
+    monkeypatch.setattr(ledger_file, "_MIGRATIONS", (*ledger_file._MIGRATIONS[:1], script))
     for _ in range(2):
         with contextlib.closing(Ledger(state / "ledger.db")) as ledger:
             assert ledger.epoch == EPOCH
