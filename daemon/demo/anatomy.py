@@ -210,10 +210,12 @@ def _folded_cortex(t1: Array, white: Array, csf: Array, envelope: Mask, rng: Gen
     """
     likely = np.log((white + 0.02) / (1.02 - white))
     ridge = _band(white, 0.7, 3.0)
-    blades = likely + 9.0 * ridge + 8.0 * _band(t1, 0.7, 4.0) + 0.6 * band_noise(t1.shape, 2.5, 5.0, rng) + 0.5 > 0
+    blades = (
+        likely + 9.0 * ridge + 8.0 * _band(t1, 0.7, 4.0) + 0.6 * band_noise(t1.shape, 2.5, 5.0, rng, step=2) + 0.5 > 0
+    )
     blades &= ndimage.binary_erosion(envelope, iterations=2)
     distance = ndimage.distance_transform_edt(~blades).astype(np.float32)
-    thickness_mm = 3.0 + 0.25 * band_noise(t1.shape, 6.0, 12.0, rng)
+    thickness_mm = 3.0 + 0.25 * band_noise(t1.shape, 6.0, 12.0, rng, step=2)
     cortex = (distance <= thickness_mm) & (csf < 0.75)
     return np.where(blades, Tissue.WHITE, np.where(cortex, Tissue.CORTEX, Tissue.CSF)).astype(np.int16)
 
