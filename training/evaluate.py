@@ -31,6 +31,7 @@ from training.evaluation.scans import CLEAN, listed, read
 log = logging.getLogger("rescan.training")
 
 TEST_SETS = tuple(s for s in SETS if s not in ("calibration", "negatives"))
+REFERENCE_SETS = ("simulated", "independent", "real", "ladder")
 TEACHERS = tuple(f"teacher_{a}" for a in ARTEFACTS)
 
 
@@ -54,6 +55,8 @@ class Plan:
         resamples: of every bootstrap.
         limit: scans per set, clean ones first; None takes all.
         make: make the scans that are missing; False takes what is there.
+        temperature: of a checkpoint.
+        reference_sets: sets whose severities the task network names.
     """
 
     student: Path
@@ -71,6 +74,8 @@ class Plan:
     resamples: int
     limit: int | None = None
     make: bool = True
+    temperature: float = 1.0
+    reference_sets: tuple[str, ...] = REFERENCE_SETS
 
 
 def evaluate(plan: Plan) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     root, cache = plan.scratch / "scans", plan.scratch / "seen"
     if plan.make:
         make_sets_side_by_side(plan.workers, root, plan.sets, plan.sources, plan.shared, severities, plan.small)
-    runner = open_runner(plan.student, plan.engine)
+    runner = open_runner(plan.student, plan.engine, plan.temperature)
     card = _card(plan)
     seen = {
         group: observe(runner, root, cache, group, _bar(f"student {group}"), _first(root, group, plan.limit))
@@ -153,7 +158,7 @@ def _observe_reference(plan: Plan, root: Path, cache: Path) -> dict[str, dict[st
         log.warning("no task.pt: severities have no names in this report")
         return {}
     runner = open_runner(task)
-    groups = [g for g in ("simulated", "independent", "real", "ladder") if g in plan.sets]
+    groups = [g for g in plan.reference_sets if g in plan.sets]
     return {g: losses(observe(runner, root, cache, g, _bar(f"reference {g}"))) for g in groups}
 
 
@@ -313,6 +318,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p.add_argument(
         "--limit", type=int, help="at most so many scans per set, clean ones first: for the temperature, or a look"
     )
+    p.add_argument("--temperature", type=float, default=1.0, help="of a checkpoint's logits (default %(default)s)")
+    p.add_argument(
+        "--reference-sets",
+        default=",".join(REFERENCE_SETS),
+        help="sets whose severities the task network names (default %(default)s)",
+    )
     p.add_argument("--no-make", action="store_true", help="take the scans that are there, make none")
     p.set_defaults(func=_command)
 
@@ -340,6 +351,8 @@ def _command(args: argparse.Namespace) -> int:
         resamples=args.resamples,
         limit=args.limit,
         make=not args.no_make,
+        temperature=args.temperature,
+        reference_sets=tuple(s for s in args.reference_sets.split(",") if s),
     )
     metrics = evaluate(plan)
     for goal in metrics["goals"]:

@@ -70,8 +70,13 @@ class Observation:
     mask: str
 
 
-def open_runner(path: Path, engine: str = "auto") -> Runner:
+def open_runner(path: Path, engine: str = "auto", temperature: float = 1.0) -> Runner:
     """Open a checkpoint of any stage (`.pt`, `.state`) or an exported student (`.onnx`).
+
+    Args:
+        path: the file.
+        engine: of an exported student.
+        temperature: divisor of a checkpoint's logits; an exported student has its own inside.
 
     Raises:
         ValueError: the file is neither.
@@ -93,7 +98,8 @@ def open_runner(path: Path, engine: str = "auto") -> Runner:
     else:
         network, _ = load_network(path)
     key = hashlib.sha256(b"".join(v.float().numpy().tobytes() for v in network.state_dict().values())).hexdigest()[:12]
-    return Runner(f"{path.stem}-{key}", lambda prepared: torch_maps(network, prepared), 1.0)
+    scaled = "" if temperature == 1.0 else f"-t{temperature:g}"
+    return Runner(f"{path.stem}-{key}{scaled}", lambda p: torch_maps(network, p, temperature), temperature)
 
 
 def _onnx_runner(path: Path, engine: str) -> Runner:
@@ -108,14 +114,14 @@ def _onnx_runner(path: Path, engine: str) -> Runner:
     return Runner(key, student.run, student.card.temperature)
 
 
-def torch_maps(network: Any, prepared: Prepared) -> Maps:
+def torch_maps(network: Any, prepared: Prepared, temperature: float = 1.0) -> Maps:
     """Maps of a checkpoint, bfloat16 trunk; a network with fewer variance channels gives zeros for the missing ones."""
     import torch
 
     device = next(network.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         logits, log_variance = network(torch.from_numpy(np.ascontiguousarray(prepared.image))[None, None].to(device))
-    margin = (logits[0, 1] - logits[0, 0]).float()
+    margin = (logits[0, 1] - logits[0, 0]).float() / temperature
     variance = torch.exp(log_variance[0].float()).cpu().numpy()
     artefacts = np.zeros((5, *prepared.image.shape), dtype=np.float32)
     artefacts[: len(variance) - 1] = variance[1:]

@@ -20,8 +20,9 @@ MUSE_GREY = (23, 30, 31, 32, 36, 37, 38, 39, 47, 48, *range(55, 63), 71, 72, 73,
 
 MUSE_WHITE = (40, 41, *range(81, 96))
 
-LEVELS = ((1, 3), (2, 4))
-"""Own severities of even and odd heads; of the independent simulator each head has one severity, in turn."""
+OWN_LEVELS = 4
+"""Each artefact of a head has one own severity, which turns from head to head and from artefact to artefact; so does the
+severity of the independent simulator."""
 
 
 def real_jobs(shared: Path, severities: dict[str, Any]) -> list[Job]:
@@ -54,9 +55,9 @@ def _steps(severities: dict[str, Any], number: int) -> tuple[Step, ...]:
     own = []
     for a, kind in enumerate(("noise", "spike", "blur", ("fold", "lines")[number % 2], "motion")):
         artefact = "wrap" if a == 3 else kind
-        for level in LEVELS[number % 2]:
-            strength = float(severities["levels"][kind][level - 1])
-            own.append(Step(artefact, kind, level, strength, "own", (seed, 41, number, a, level)))
+        level = 1 + (number + a) % OWN_LEVELS
+        strength = float(severities["levels"][kind][level - 1])
+        own.append(Step(artefact, kind, level, strength, "own", (seed, 41, number, a, level)))
     other = independent_steps(severities, (seed, 42, number), (1 + number % 3,))
     return (CLEAN_STEP, *own, *other)
 
