@@ -14,8 +14,9 @@
 
 PYTHON ?= python3
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-# Outside the locks: which build of torch fits depends on the machine (README, "Training").
+# Outside the locks: which build of torch fits depends on the machine (README, "Training"); torchio needs torch.
 TORCH ?= torch==2.13.0
+NEEDS_TORCH := torchio==1.2.1
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
@@ -88,4 +89,5 @@ $(STAMP)-dev: $(STAMP)-demo locks/dev.txt
 $(STAMP)-training: $(STAMP)-dev
 	@echo "installing $(TORCH)"
 	@$(INSTALL) $(TORCH)
+	@$(INSTALL) $(NEEDS_TORCH)
 	@touch $@

@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+OUTSIDE = {"torch", "torchio"}
+"""Installed by a command of their own: which build of torch fits depends on the machine."""
 LOCKS = sorted((ROOT / "locks").glob("*.txt"))
 
 
@@ -53,7 +55,7 @@ def test_lock_is_hashed_and_names_no_host(path: Path) -> None:
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
     assert all("--hash=sha256:" in entry for entry in entries if "==" in entry)
     assert "://" not in text
-    assert "torch" not in pins(path)
+    assert not OUTSIDE & set(pins(path))
 
 
 @pytest.mark.parametrize(("name", "variant"), [("cpu", "onnxruntime"), ("gpu", "onnxruntime-gpu")])
@@ -82,9 +84,17 @@ def test_lock_meets_the_ranges(name: str, extras: tuple[str, ...]) -> None:
     wanted = [Requirement(text) for text in PROJECT["dependencies"]] + requirements(*extras)
     for requirement in wanted:
         package = canonicalize_name(requirement.name)
-        if package != "torch":
+        if package not in OUTSIDE:
             assert package in held, f"{requirement}: not locked"
             assert held[package] in requirement.specifier, f"{requirement}: locked {held[package]}"
+
+
+def test_what_stays_outside_is_pinned() -> None:
+    """`make` installs the versions of torch and torchio that pyproject.toml names."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for requirement in requirements("training", "dev"):
+        if canonicalize_name(requirement.name) in OUTSIDE:
+            assert str(requirement) in makefile
 
 
 def test_scripts_exist() -> None:
