@@ -235,8 +235,9 @@ class Publisher:
             if now >= self._cut_due:
                 removed = self.ledger.cut(self.settings.retention_s, self.settings.alert_retention_s)
                 self._cut_due = now if removed else now + RETENTION_S
+        last = self.ledger.last_sequences()  # before the news are sent, so that a heartbeat is never ahead of them
         self._send_news()
-        body = heartbeat_body(self._beats, self.ledger.epoch, time.time(), self.ledger.last_sequences(), ready)
+        body = heartbeat_body(self._beats, self.ledger.epoch, time.time(), last, ready)
         self._pub.send_multipart([HEARTBEAT_TOPIC.encode(), body.encode()])
 
     def _hear_subscriptions(self) -> None:
