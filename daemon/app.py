@@ -432,7 +432,8 @@ class App:
         job = self.flow.next_job()
         if job is not None:
             self._job_started = time.monotonic()
-            picture = self.flow.picture_name(job.stack, job.content)
+            wanted = "pictures" in job.rule.outputs
+            picture = self.flow.picture_name(job.stack, job.content) if wanted else None
             self.children["scorer"].send({"kind": "score", "job": job.number, "stack": job.stack, "picture": picture})
 
     def _judge(self, verdicts: Iterable[Verdicts]) -> None:

@@ -23,8 +23,8 @@ from daemon.words import Reason
 Range = tuple[float, float]
 """Lowest and highest value, both included."""
 
-OUTPUTS = ("pictures", "maps")
-"""What a rule may ask for beside the result."""
+OUTPUTS = ("pictures",)
+"""What a rule may ask for beside the result: pictures of the worst slices."""
 
 
 class RuleError(Exception):
@@ -49,7 +49,7 @@ class Rule:
     name: str = _key("", "name in results and metrics")
     required_dice: float | None = _key(None, "Dice that the measurement needs; the model's own where absent")
     model: str | None = _key(None, "name of the model that the rule is for; any where absent")
-    outputs: tuple[str, ...] = _key((), f"further outputs: {', '.join(OUTPUTS)}")
+    outputs: tuple[str, ...] = _key(OUTPUTS, f"what is made beside the result: {', '.join(OUTPUTS)}")
     scanner: str | None = _key(None, "regular expression on the configured name of the scanner")
     description: str | None = _key(None, "regular expression on SeriesDescription or ProtocolName")
     manufacturer: str | None = _key(None, "regular expression on Manufacturer")
@@ -99,12 +99,13 @@ FEWEST_LOCALIZER_SLICES = 16
 # --- Matching ---------------------------------------------------------------------------------------------------------
 
 
-def match_rule(stack: Stack, rules: Sequence[Rule]) -> Rule | Reason:
+def match_rule(stack: Stack, rules: Sequence[Rule], model: str | None = None) -> Rule | Reason:
     """The first rule that admits a stack.
 
     Args:
         stack: with its geometry, or why it has none.
         rules: in the order of preference; empty means the default rule alone.
+        model: name of the model that is served; None leaves the rules' `model` aside.
 
     Returns:
         The rule, or why the stack is refused: what no rule could admit first, then what the nearest rule misses.
@@ -115,6 +116,8 @@ def match_rule(stack: Stack, rules: Sequence[Rule]) -> Rule | Reason:
     nearest: tuple[int, Reason] | None = None
     for rule in rules or (DEFAULT_RULE,):
         failed = first_failure(stack, rule)
+        if failed is None and rule.model not in (None, model) and model is not None:
+            failed = len(CONDITIONS), _no_rule(rule, f"it asks for the model {rule.model}, and {model} is served")
         if failed is None:
             return rule
         if nearest is None or failed[0] > nearest[0]:

@@ -97,7 +97,7 @@ def _make_judge(args: argparse.Namespace) -> Judge:
 def judge_path(path: Path, judge: Judge) -> Iterator[tuple[dict[str, Any], Seen]]:
     """One result object per stack found, with what its maps can be written from."""
     for stack, found, source in volumes_from_path(path):
-        rule = default_rule(judge.rules) if stack is None else match_rule(stack, judge.rules)
+        rule = default_rule(judge.rules) if stack is None else match_rule(stack, judge.rules, judge.student.card.name)
         if isinstance(rule, Reason):
             seen = Seen(Scored(None, rule), found if isinstance(found, Volume) else None)
         elif isinstance(found, Refusal):

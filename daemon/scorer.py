@@ -19,6 +19,7 @@ from typing import Any
 from daemon import pictures
 from daemon.card import CardError
 from daemon.config import ModelSettings, Settings
+from daemon.decode import cpu_limit
 from daemon.engines import EngineError
 from daemon.log import Log
 from daemon.page_store import pictures_folder
@@ -26,12 +27,16 @@ from daemon.prepare import Prepared, prepare
 from daemon.reader import spool_folder
 from daemon.reasons import REASONS
 from daemon.score import Scores, score_maps, score_reduced
+from daemon.series import Stack
 from daemon.spool import SpoolReader
 from daemon.student import Student
 from daemon.volume import build_volume
 from daemon.words import Maps, Reason, Refusal, Volume
 
 ON_GPU = ("cuda", "tensorrt")
+
+DECODE_CPU_S = 60.0
+"""CPU seconds for decoding one volume; 600 million compressed voxels take about half of it."""
 
 _LOOK_AGAIN_S = 2.0
 
@@ -136,17 +141,24 @@ def run_scorer(settings: Settings, control: Connection) -> None:
     while (message := _next(control)) is not None:
         seen = Seen(Scored(None, Reason("scorer_failed", REASONS["scorer_failed"])))
         try:
-            seen = look_at(lambda stack=message["stack"]: build_volume(stack, spool.read), student)  # type: ignore[misc]
+            seen = look_at(lambda stack=message["stack"]: _build(stack, spool), student)  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  (border: one bad series must not end the process)
             log.failure(error, process="scorer", step="score")
         control.send({"kind": "scored", "job": message["job"], "scored": seen.scored})
         try:
-            _draw(seen, student, pictures_folder(settings), message["picture"])
+            if message["picture"] is not None:
+                _draw(seen, student, pictures_folder(settings), message["picture"])
         except Exception as error:  # noqa: BLE001  (border: a verdict without a picture is still a verdict)
             log.failure(error, process="scorer", step="draw")
         control.send({"kind": "drawn", "job": message["job"]})
         del seen
         give_back_memory()
+
+
+def _build(stack: Stack, spool: SpoolReader) -> Volume:
+    """Decode a stack; a decoder that hangs on damaged pixels ends this process, not the patience of the next series."""
+    with cpu_limit(DECODE_CPU_S):
+        return build_volume(stack, spool.read)
 
 
 def _loaded(student: Student) -> dict[str, Any]:

@@ -13,11 +13,13 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset
 
 from daemon.config import SHIPPED_MODEL
+from daemon.dicom_write import Plan
 from daemon.send import Caller, Sent, store
 from tests.builders import build_classic_series, head_phantom
 from tests.pushing import push
@@ -59,22 +61,25 @@ class Flood(threading.Thread):
         return ds
 
 
-def waits(daemon: Serving, name: str) -> list[float]:
-    """Seconds from the last 0x0000 to the first verdict of some T1 series."""
+def waits(daemon: Serving, first: int) -> list[float]:
+    """Seconds from the last 0x0000 to the first verdict of some T1 series, numbered from `first`."""
     found = []
     with Listener(daemon.ports["events"]).connected() as listener:
-        for number in range(ROUNDS):
-            before = len(listener.scores())
-            push(daemon.ports["dicom"], build_classic_series(head_phantom(), seed=f"{name} {number}"))
+        for number in range(first, first + ROUNDS):
+            push(
+                daemon.ports["dicom"],
+                build_classic_series(head_phantom(), plan=Plan(f"t1 {number}", series_number=number)),
+            )
             answered = time.monotonic()
-            listener.wait(lambda _t, _b, n=before: any(_is_head(r) for r in listener.scores()[n:]))  # type: ignore[misc]
+            listener.wait(lambda _t, body, n=number: _number(body) == n)  # type: ignore[misc]
             found.append(time.monotonic() - answered)
     return found
 
 
-def _is_head(result: dict[str, object]) -> bool:
-    evidence = result["evidence"]
-    return isinstance(evidence, dict) and evidence["instances"] != SLICES
+def _number(body: dict[str, Any]) -> int | None:
+    """SeriesNumber of the series that a result is about."""
+    number = body.get("data", {}).get("series", {}).get("number")
+    return None if number is None else int(number)
 
 
 def _daemon(folder: Path) -> Serving:
@@ -86,10 +91,10 @@ def _daemon(folder: Path) -> Serving:
 def main() -> int:
     """Print both medians and their ratio."""
     with tempfile.TemporaryDirectory() as folder, _daemon(Path(folder)) as daemon:
-        alone = statistics.median(waits(daemon, "alone"))
+        alone = statistics.median(waits(daemon, 100))
         flood = Flood(daemon.ports["dicom"])
         flood.start()
-        flooded = statistics.median(waits(daemon, "flooded"))
+        flooded = statistics.median(waits(daemon, 200))
         during = flood.is_alive()
         flood.stop.set()
         flood.join(60)

@@ -165,7 +165,7 @@ def test_a_rule_from_the_configuration() -> None:
             "orientation": ["sagittal"],
             "slice_spacing_mm": [0.7, 1.3],
             "image_type": ["NORM", "!DERIVED"],
-            "outputs": ["maps"],
+            "outputs": ["pictures"],
             "derived": True,
             "attributes": {"MagneticFieldStrength": [2.5, 3.5], "StationName": "MR1"},
         }
@@ -194,7 +194,7 @@ def test_a_rule_from_the_configuration() -> None:
             {"name": "a", "attributes": {"BodyPartExamned": "x"}},
             "rules[1].attributes.BodyPartExamned: no such attribute; did you mean BodyPartExamined?",
         ),
-        ({"name": "a", "outputs": ["video"]}, "rules[1].outputs: got 'video'; use pictures, maps"),
+        ({"name": "a", "outputs": ["video"]}, "rules[1].outputs: got 'video'; use pictures"),
     ],
 )
 def test_mistakes_name_the_key_and_the_value(entry: dict[str, Any], message: str) -> None:
@@ -218,3 +218,14 @@ def test_every_matchable_attribute_is_a_dicom_keyword() -> None:
     from pydicom.datadict import tag_for_keyword
 
     assert all(tag_for_keyword(keyword) is not None for keyword in MATCHABLE)
+
+
+def test_a_rule_for_another_model_does_not_match() -> None:
+    """Told with both names; where no model is known yet, the rule's model is left aside."""
+    made, rule = stack(), Rule(name="r", model="student_7t")
+    assert match_rule(made, (rule,)) is rule
+    assert match_rule(made, (rule,), "student_7t") is rule
+    found = match_rule(made, (rule,), "student_3t")
+    assert isinstance(found, Reason)
+    assert "asks for the model student_7t, and student_3t is served" in found.text
+    assert match_rule(made, (rule, DEFAULT_RULE), "student_3t") is DEFAULT_RULE
