@@ -63,8 +63,8 @@ def _add_onnx(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument(
         "--anatomy",
-        default="builtin",
-        help="head of the golden case: `builtin`, label maps as for rescan-train, or `formula`",
+        default="formula",
+        help="head of the golden case: `formula` (default), `builtin`, or label maps as for rescan-train",
     )
     parser.set_defaults(func=_onnx)
 
