@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from daemon import judge as judging
 from daemon.calibration import SiteCalibration
 from daemon.card import Card
 from daemon.config import AlertMode, Settings
-from daemon.header import Header
+from daemon.header import Frame, Header
 from daemon.ledger import Last
 from daemon.page.store import Phase, Progress
 from daemon.page_store import Current
@@ -42,6 +42,52 @@ SETTLE_S = 60.0
 
 KEPT_EXAMS = 1000
 """Exams whose last arrival is remembered, to score the newest first."""
+
+
+MAX_SHARED = 20_000
+"""Values kept for sharing between headers; beyond it the collection starts anew."""
+
+
+class Shared:
+    """Equal values become one object: the slices of a series differ in their position and little else."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._known: dict[Any, Any] = {}
+
+    def one(self, value: Any) -> Any:
+        """The first value seen that is equal and of the same type."""
+        if len(self._known) > MAX_SHARED:
+            self._known.clear()
+        return self._known.setdefault((type(value), value), value)
+
+    def record(self, record: Record) -> Record:
+        """The same record, its repeated words shared."""
+        if not isinstance(record, StoredInstance):
+            return record
+        names = ("sop_class_uid", "transfer_syntax_uid", "scanner", "size_bytes", "association", "segment")
+        return replace(record, **{name: self.one(getattr(record, name)) for name in names})
+
+    def header(self, header: Header, record: StoredInstance) -> Header:
+        """The same header, its repeated values shared with others and with its record."""
+        names = (
+            "sop_class_uid",
+            "series_uid",
+            "study_uid",
+            "frame_of_reference_uid",
+            "photometric",
+            "scanning",
+            "variant",
+        )
+        same = {name: self.one(getattr(header, name)) for name in names}
+        if header.sop_instance_uid == record.sop_instance_uid:
+            same["sop_instance_uid"] = record.sop_instance_uid
+        return replace(header, frames=tuple(self._frame(frame) for frame in header.frames), **same)
+
+    def _frame(self, frame: Frame) -> Frame:
+        names = ("orientation", "pixel_spacing_mm", "thickness_mm", "image_type", "component", "coil")
+        numbers = ("echo_time_ms", "inversion_time_ms", "b_value")
+        return replace(frame, **{name: self.one(getattr(frame, name)) for name in (*names, *numbers)})
 
 
 class Book(Protocol):
@@ -174,6 +220,7 @@ class Flow:
     _outcomes: OrderedDict[tuple[str, str], Scored] = field(default_factory=OrderedDict)
     _asked: dict[str, Action] = field(default_factory=dict)
     _exam_seen: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    _shared: Shared = field(default_factory=Shared)
     _jobs: int = 0
     _at: float = 0.0
     _settled: int = 0
@@ -182,7 +229,7 @@ class Flow:
 
     def add(self, record: Record) -> None:
         """Take the next record of the log."""
-        waiting = _Waiting(record)
+        waiting = _Waiting(self._shared.record(record))
         self.waiting.append(waiting)
         if isinstance(record, StoredInstance):
             self._by_position[record.position] = waiting
@@ -190,8 +237,11 @@ class Flow:
     def add_header(self, position: int, header: Header | Reason) -> None:
         """Take what the reader found in an instance."""
         waiting = self._by_position.pop(position, None)
-        if waiting is not None:
-            waiting.header = header
+        if waiting is None:
+            return
+        if isinstance(header, Header) and isinstance(waiting.record, StoredInstance):
+            header = self._shared.header(header, waiting.record)
+        waiting.header = header
 
     def apply(self, now: float) -> Iterator[Verdicts]:
         """Apply, in order, the records that can be applied; yield the results that follow at once."""
@@ -317,7 +367,7 @@ class Flow:
         if self._is_known(action, content):
             self.queue.pop(key, None)
             return None
-        rule = match_rule(action.stack, self.rules)
+        rule = match_rule(action.stack, self.rules, self.served.card.name if self.served else None)
         known = self._outcomes.get((key, content))
         if isinstance(action, Refuse):
             known = Scored(None, action.reason)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from daemon.config import AlertMode, CompletenessSettings, Settings
-from daemon.flow import Flow, Served, Verdicts
+from daemon.flow import Flow, Served, Shared, Verdicts
 from daemon.header import CLASSIC, Frame, Header
 from daemon.ledger import Last
 from daemon.result import SiteKey
@@ -459,3 +460,15 @@ def test_a_header_that_breaks_the_assembly_is_left_out_and_told(monkeypatch: pyt
     (told,) = table.score()
     assert len(failures) == 1
     assert told.result["evidence"]["instances"] == SLICES - 1
+
+
+def test_equal_values_of_headers_are_one_object() -> None:
+    """A day of series fits into memory; what is shared is equal, so nothing else changes."""
+    shared = Shared()
+    copies = [pickle.loads(pickle.dumps(header(n, "1.1", "1"))) for n in range(2)]
+    one, two = (shared.header(each, stored(1, 0.0, each.sop_instance_uid, 1)) for each in copies)
+    assert (one, two) == tuple(copies)
+    assert one.frames[0].orientation is two.frames[0].orientation
+    assert one.series_uid is two.series_uid
+    record = stored(1, 0.0, "1", 1)
+    assert shared.record(record) == record
