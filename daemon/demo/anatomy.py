@@ -435,7 +435,8 @@ def _bend(labels: Labels, rng: Generator) -> Labels:
         at = 1.5 * smooth_field(GRID, 45.0, rng) + np.float32(centre[axis] - FIRST_MM[axis] + 0.5)
         for other in range(3):
             at += (matrix[axis, other] * (axes[other] - centre[other])).astype(np.float32)
-        inside &= (at >= 0) & (at < GRID[axis])
+        # Below its lower end the body goes on; everywhere else there is air outside the grid.
+        inside &= (at < GRID[axis]) if axis == 2 else (at >= 0) & (at < GRID[axis])
         index *= GRID[axis]
         index += np.clip(at, 0, GRID[axis] - 1).astype(np.int32)
     return np.where(inside, labels.ravel()[index], np.int16(0))
