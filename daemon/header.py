@@ -262,6 +262,7 @@ _COMPONENT_WORDS = {
     "I": "I",
     "IMAGINARY": "I",
     "VELOCITY": "P",
+    "VELOCITY MAP": "P",
     "MIXED": "MIXED",
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from daemon.geometry import PLANE_NAMES, Geometry
-from daemon.header import MATCHABLE, Header
+from daemon.header import MATCHABLE, SUPPORTED, Header
 from daemon.reasons import REASONS
 from daemon.series import Stack
 from daemon.words import Reason
@@ -77,10 +77,12 @@ HEAD_COVERAGE_MM = {"sagittal": 120.0, "coronal": 150.0, "axial": 115.0}
 """Least extent along the slices that can hold a whole adult or child brain: it is about 140 mm wide, 170 mm long and
 120 to 150 mm high from the vertex down (Lancaster 2007: MNI brain 136 x 172 mm)."""
 
+HEAD_PARTS = re.compile(r"(?i)head|brain|skull|neuro|orbit|iac|pituitary|\bear|eye|face")
 OTHER_BODY_PARTS = re.compile(
-    r"(?i)spine|knee|hip|pelvi|abdom|chest|thora|heart|card|breast|shoulder|elbow|wrist|hand|ankle|foot|leg|arm\b|prostate|liver|whole.?body|neck\b(?!.*head)"
+    r"(?i)spine|neck|knee|hip|pelvi|abdom|chest|thora|heart|card|breast|shoulder|elbow|wrist|hand|ankle|foot|leg|arm\b"
+    r"|prostate|liver|whole.?body"
 )
-"""BodyPartExamined that names something else. What names nothing, or a head, passes."""
+"""BodyPartExamined that names something else. What names a head as well ("HEADNECK"), or nothing known, passes."""
 
 MAX_T1_ECHO_MS = 15.0
 """Echo times of T1-weighted gradient echoes are 1 to 10 ms; susceptibility-weighted and T2* images begin at about 18 ms."""
@@ -130,9 +132,10 @@ def what_it_is(stack: Stack) -> Reason | None:
     """Why no rule whatever can admit a stack, None if one might."""
     header = stack.representative
     words = header.frames[0].image_type if header.frames else ()
-    if isinstance(stack.geometry, Reason) and stack.geometry.code in _WHATEVER_THE_RULE:
+    is_image = header.sop_class_uid in SUPPORTED
+    if isinstance(stack.geometry, Reason) and (stack.geometry.code in _WHATEVER_THE_RULE or not is_image):
         return stack.geometry
-    if header.samples_per_pixel != 1 or not header.photometric.startswith("MONOCHROME"):
+    if header.samples_per_pixel != 1 or (header.photometric and not header.photometric.startswith("MONOCHROME")):
         return _reason("colour")
     if "MOSAIC" in words or "VFRAME" in words:
         return _reason("mosaic")
@@ -141,7 +144,7 @@ def what_it_is(stack: Stack) -> Reason | None:
     return None
 
 
-_WHATEVER_THE_RULE = ("unsupported_sop", "bad_header", "too_large")
+_WHATEVER_THE_RULE = ("too_large",)
 
 
 def _looks_like_localizer(stack: Stack) -> bool:
@@ -272,7 +275,8 @@ def not_t1(header: Header) -> str | None:
         return "it is not a gradient echo"
     if facts.get("AngioFlag") == "Y" or str(facts.get("TimeOfFlightContrast", "")).upper() == "YES":
         return "it is an angiogram"
-    if OTHER_BODY_PARTS.search(str(facts.get("BodyPartExamined", ""))):
+    part = str(facts.get("BodyPartExamined", ""))
+    if OTHER_BODY_PARTS.search(part) and not HEAD_PARTS.search(part):
         return "it shows another part of the body"
     if frame.b_value:
         return "it is diffusion-weighted"

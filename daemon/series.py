@@ -225,8 +225,11 @@ that an instance costs the same in a radial or diffusion series of thousands."""
 ONE_UID_PER_SLICE = ("CANON", "TOSHIBA")
 """Makers whose classic images carry a SeriesInstanceUID for each slice; their series is known by its number."""
 
-FORGET_S = 48 * 3600.0
-"""A stack is forgotten so long after its last image. The ledger still knows its results."""
+LATE_LIMIT_S = 20.0
+"""A scanner's learnt quiet time grows no further: nobody stands at the console for longer without a word."""
+
+FORGET_S = 24 * 3600.0
+"""A stack is forgotten so long after its last image, when its bytes may have left the spool. The ledger still knows its results."""
 
 GAP_FACTOR = 3.0
 """Adaptive quiet time: silence means something only when it is this many times the longest pause within the stack."""
@@ -410,12 +413,11 @@ class Assembly:
             self.duplicates += 1
             self._feed(stored, known[1])
             return []
-        event = Event.NEW
-        if known is not None:
-            event = Event.CONFLICT
-            self.conflicts += 1
-            self._drop(header.sop_instance_uid, known[1], now)
+        event = Event.NEW if known is None else Event.CONFLICT
         touched = self._place(stored, header, group, now)
+        if known is not None:
+            self.conflicts += 1
+            self._drop(stored, known[1], now)
         self._of_instance[group, header.sop_instance_uid] = (stored.sha256, touched)
         self._count(header, group, touched)
         for stack in touched:
@@ -544,12 +546,16 @@ class Assembly:
         self._arrive(stack, Event.NEW, now)
         self._feed(stored, [stack])
 
-    def _drop(self, sop_instance_uid: str, stacks: Iterable[_Open], now: float) -> None:
-        """Take the planes of a replaced instance out of its stacks; where none is left, forget the stack."""
+    def _drop(self, newer: StoredInstance, stacks: Iterable[_Open], now: float) -> None:
+        """Take what an instance replaces out of its stacks; where nothing is left, forget the stack."""
+        uid = newer.sop_instance_uid
         for stack in stacks:
-            for name in [name for name in stack.held if name[0] == sop_instance_uid]:
-                del stack.held[name]
-            stack.frames_announced.pop(sop_instance_uid, None)
+            planes = [(name, held) for name, held in stack.held.items() if name[0] == uid]
+            for name, held in planes:
+                if held.stored.sha256 != newer.sha256:
+                    del stack.held[name]
+            if all(held.stored.sha256 != newer.sha256 for _, held in planes):
+                stack.frames_announced.pop(uid, None)
             if stack.held:
                 self._arrive(stack, Event.CONFLICT, now)
             else:
@@ -584,8 +590,8 @@ class Assembly:
             stack.opened_at = now
         elif gap <= self._times.quiet_final_s:
             stack.longest_gap_s = max(stack.longest_gap_s, gap)
-        if stack.state is not State.OPEN and gap < self._times.max_open_s:
-            learnt = min(LATE_FACTOR * gap, self._times.quiet_final_s)
+        if event is Event.NEW and stack.state is not State.OPEN and gap < self._times.max_open_s:
+            learnt = min(LATE_FACTOR * gap, LATE_LIMIT_S)
             self._learnt_s[stack.scanner] = max(learnt, self._learnt_s.get(stack.scanner, 0.0))
         stack.state, stack.last_at = state, now
         stack.tried.clear()

@@ -18,7 +18,7 @@ from daemon.reasons import ADVICE, COMPLETENESS, REASONS, REFUSALS
 from daemon.receive import STATUSES
 from daemon.receive import TRANSFER_SYNTAXES as ACCEPTED
 from daemon.rules import DEFAULT_RULE, Rule, load_rules
-from daemon.series import TABLE, Effect, Event, State
+from daemon.series import LATE_LIMIT_S, TABLE, Effect, Event, State
 
 PAGE = (Path(__file__).parents[2] / "docs" / "dicom-conformance.md").read_text(encoding="utf-8")
 
@@ -97,6 +97,7 @@ def test_the_limits() -> None:
     assert f"{MAX_INSTANCE_BYTES >> 30} GiB of pixels" in PAGE
     assert f"{MAX_VOXELS // 1_000_000} million voxels" in PAGE
     assert f"more than {MAX_FRAMES} frames" in PAGE
+    assert f"at most {LATE_LIMIT_S:g} s" in PAGE
 
 
 @pytest.mark.parametrize(

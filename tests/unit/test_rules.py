@@ -38,6 +38,10 @@ def outcome(made: Stack, *rules: Rule) -> str:
         ({"AngioFlag": "Y"}, "no_rule"),
         ({"BodyPartExamined": "KNEE"}, "no_rule"),
         ({"BodyPartExamined": "CSPINE"}, "no_rule"),
+        ({"BodyPartExamined": "NECK"}, "no_rule"),
+        ({"BodyPartExamined": "HEADNECK"}, "t1_head_3d"),
+        ({"BodyPartExamined": "BRAIN"}, "t1_head_3d"),
+        ({"BodyPartExamined": "SCHAEDEL"}, "t1_head_3d"),
         ({"BodyPartExamined": ""}, "t1_head_3d"),
         ({"DiffusionBValue": 1000.0}, "no_rule"),
         ({"EchoTime": "28"}, "no_rule"),
@@ -229,3 +233,16 @@ def test_a_rule_for_another_model_does_not_match() -> None:
     assert isinstance(found, Reason)
     assert "asks for the model student_7t, and student_3t is served" in found.text
     assert match_rule(made, (rule, DEFAULT_RULE), "student_3t") is DEFAULT_RULE
+
+
+def test_what_cannot_be_an_image_keeps_its_own_reason() -> None:
+    """Unreadable headers and other storage classes are not called coloured or unmatched."""
+    from daemon.series import stacks_of
+    from daemon.words import Refusal
+    from tests.builders import instance_of
+
+    stored, _ = instance_of(little_stack(1)[0])
+    (unreadable,) = stacks_of([(stored, Refusal("bad_header", "x"))])
+    assert outcome(unreadable) == "bad_header"
+    assert outcome(stack(PhotometricInterpretation=None)) == "t1_head_3d"
+    assert outcome(stack(PhotometricInterpretation="PALETTE COLOR")) == "colour"

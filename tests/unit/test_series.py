@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 
 from daemon.config import CompletenessSettings, ScannerSettings, Settings
@@ -273,7 +274,25 @@ def test_images_without_a_readable_header_are_refused_together() -> None:
     assert [(type(a), a.evidence.instances) for a in actions] == [(Refuse, 3)]
 
 
-def test_a_stack_is_forgotten_two_days_after_its_last_image() -> None:
+def test_an_enhanced_image_with_other_bytes_is_the_next_revision_of_its_stack() -> None:
+    """The only instance of a stack is replaced: the stack stays, its revision rises."""
+    one, other = (build_enhanced(np.full((16, 16, 16), value, np.uint16)) for value in (5, 6))
+    feed = Feed().send([one]).wait(100)
+    feed.take()
+    final = feed.send([other]).wait(100).take()[-1]
+    assert (final.final, final.revision, final.evidence.instances) == (True, 2, 16)
+
+
+def test_a_conflict_that_moves_an_image_leaves_no_trace_of_the_old_one() -> None:
+    """The newer bytes have another orientation: the old stack loses the image, a new one holds it."""
+    images = little_stack()
+    feed = Feed().send(images)
+    moved = every(little_stack()[3:4], ImageOrientationPatient=["1", "0", "0", "0", "1", "0"])
+    actions = feed.send(moved).wait(6).take()
+    assert sorted(a.evidence.instances for a in actions) == [1, 11]
+
+
+def test_a_stack_is_forgotten_a_day_after_its_last_image() -> None:
     """The table does not grow for ever."""
     feed = Feed().send(little_stack()).end().wait(3 * 86400)
     assert feed.assembly.next_deadline() is None
