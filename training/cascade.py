@@ -76,7 +76,7 @@ CPU = Profile(
     widths=(16, 24, 32, 64, 64),
     crops=((64, 80, 64), (48, 64, 48), (48, 64, 64)),
     steps=(1800, 600, 800),
-    joint_steps=1400,
+    joint_steps=1100,
     rate=2e-3,
     eps=0.05,
     segments=4,
@@ -86,7 +86,7 @@ CPU = Profile(
     ranges="product",
     free_contrast=0.05,
     flips=(0.5, 0.0, 0.0),
-    validate_every=300,
+    validate_every=275,
     autocast=True,
 )
 
