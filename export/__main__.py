@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 failed; wrong usage ends with 2 in the argument parser.
     """
     args = build_parser().parse_args(argv)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # It warns of torchvision, which is not needed; torch resets levels when it is imported, so the logger is switched off.
+    logging.getLogger("torch.onnx._internal.exporter._registration").disabled = True
     from export.graph import GraphError
     from export.onnx import ExportError
 
