@@ -540,8 +540,8 @@ class Client:
             self._dealer.send(json.dumps(request).encode(), zmq.NOBLOCK)
 
     def _set_live(self, live: bool) -> None:
-        if live and not self._heard:
-            return  # nothing was heard yet, and it is too early to call that silence
+        if live and (not self._heard or self.positions.epoch is None):
+            return  # nothing was heard yet, and it is too early to call that silence; or where "now" is, is not known
         if live is not self.live:
             self.live = live
             self._on_live(live)

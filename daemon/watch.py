@@ -176,7 +176,9 @@ def _clock(timestamp: str) -> str:
 
 def _age(seconds: float) -> str:
     whole = max(int(seconds), 0)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

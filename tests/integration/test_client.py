@@ -195,6 +195,17 @@ def test_from_now_on_means_from_the_next_event(site: Site) -> None:
         reader.until(lambda: reader.handled == [3])
 
 
+def test_from_now_on_begins_when_it_is_live(site: Site) -> None:
+    """Open alerts may come before the first heartbeat; what happens after `live` is said is never left out."""
+    for number in range(5):
+        site.record(f"before {number}")
+        with Reader(site.endpoints, start=Start.NOW) as reader:
+            reader.until(lambda reader=reader: bool(reader.lives))
+            site.record(f"after {number}")
+            last = site.ledger.last_sequences()["alert"]
+            reader.until(lambda reader=reader, last=last: last in reader.handled)
+
+
 def test_silence_is_stale_within_six_seconds(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its clock: live at 4.9 s of silence, STALE at 5; live again by itself."""
     assert client_module.STALE_AFTER_S + 0.5 < 6.0
