@@ -891,8 +891,9 @@ class SpoolReader:
             offset = PAGE_BYTES
         for number in numbers:
             if number >= current:
-                self._at = (self._at[0], number, self._at[2])
-                yield from self._records(number, offset if number == current else PAGE_BYTES)
+                start = offset if number == current else PAGE_BYTES
+                self._at = (self._at[0], number, start)  # where to look again, should nothing stand there yet
+                yield from self._records(number, start)
 
     def _records(self, number: int, offset: int) -> Iterator[_Found]:
         opened = self._file(number)

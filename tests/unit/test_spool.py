@@ -585,3 +585,22 @@ def test_facts_tell_bytes_and_age(folder: Path) -> None:
     assert facts.free_bytes > 0
     assert records(folder) == [AssociationEnded(1, 1, "mr1", 1000.0, False)]
     writer.close()
+
+
+def test_a_reader_that_saw_a_new_segment_empty_misses_nothing_of_it(folder: Path) -> None:
+    """After a restart the new segment may stand there before its first record; what comes into it is followed whole."""
+    writer = open_writer(folder)
+    for number in range(5):
+        put(writer, number)
+    writer.close()
+    reader = SpoolReader(folder)
+    writer = open_writer(folder)
+    with writer._state:  # the segment of the next record, as a prompt start makes it
+        if writer._open is None:
+            writer._start_segment(PAGE_BYTES)
+    assert len(reader.follow(0)) == 5
+    for number in range(10, 14):
+        put(writer, number)
+    assert [record.position for record in reader.follow(5)] == [6, 7, 8, 9]
+    reader.close()
+    writer.close()
