@@ -117,6 +117,9 @@ def test_from_push_to_alert_to_repeat_across_a_crash(
         assert sight.errors == []
         assert "CANARY" not in told(page)
         assert STUDY not in told(page)
+    except BaseException:
+        print("\n".join(daemon.log.all[-60:]))
+        raise
     finally:
         sight.close()
         daemon.stop()
