@@ -33,7 +33,9 @@ INTENSITY_MAX = 4.0
 HEAD_AND_AIR_ML = 8000.0
 """A head has 3 to 6 litres; its threshold is sought among this much of the volume, so that more air does not move it."""
 
-MIN_HEAD_ML, MAX_HEAD_ML = 900.0, 9000.0
+MIN_HEAD_ML, MAX_HEAD_ML = 1600.0, 9000.0
+"""A brain without its head has 1000 to 1600 ml; a head under the worst spike of the paper still shows 1700 ml."""
+
 MIN_WIDTH_MM, MIN_LENGTH_MM = 90.0, 110.0
 MIN_BELOW_VERTEX_MM = 115.0
 """A brain reaches about 120 to 150 mm below the vertex; less than this is a head only partly there."""
