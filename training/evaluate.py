@@ -286,6 +286,9 @@ def _made(plan: Plan, begun: float) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {_cores()} cores",
         "seconds": round(time.monotonic() - begun),
         "severities": SEVERITIES.name,
+        "severities named by": "the task network"
+        if plan.teachers is not None and plan.reference_sets
+        else "the student itself",
         "sets": ", ".join(plan.sets),
         "rehearsal": plan.small,
     }

@@ -143,6 +143,12 @@ def make_row(
     severities: dict[str, Any],
 ) -> Row:
     """Score and judge one observed scan as the daemon does."""
+    own = observation.sample if observation is not None else None
+    if facts.name not in losses and own is not None and own.dice is not None and own.clean_dice is not None:
+        losses = {
+            **losses,
+            facts.name: own.loss,
+        }  # the reference was not run: the network's own loss names the severity
     name = severity(facts, losses, severities)
     if observation is None:
         return Row(facts, None, None, Verdict.CANNOT_JUDGE.value, None, name, {})
