@@ -47,6 +47,7 @@ class Lines:
         self.all: list[str] = []
         self.changed = threading.Condition()
         self.ended = False
+        self.stream: Any = None
 
     def read(self, stream: Any) -> None:
         for line in stream:
@@ -144,6 +145,7 @@ class Serving:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+        self.log.stream = self.process.stderr
         self._reading = threading.Thread(target=self.log.read, args=(self.process.stderr,), daemon=True)
         self._reading.start()
         try:
