@@ -84,7 +84,7 @@ class Album:
     ) -> None:
         sight = Sight(self._browser, viewport or CONSOLE, reduced_motion="reduce")
         page = sight.open(address)
-        page.wait_for_selector(".verdict, .idle, .open-detail")
+        page.wait_for_selector(".verdict:visible, .idle:visible, .open-detail:visible")
         if act is not None:
             act(page)
         page.wait_for_function("() => [...document.images].every((i) => i.complete)")
