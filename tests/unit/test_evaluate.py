@@ -14,6 +14,7 @@ from daemon.prepare import prepare
 from daemon.score import SUMS, Reduced
 from daemon.words import ARTEFACTS, Maps, Volume
 from export.golden import formula_head
+from tests.model_builders import made_up_calibration
 from training.calibrate import Sample
 from training.evaluate import compute, gaps
 from training.evaluation import analysis, independent, report
@@ -300,3 +301,9 @@ def test_independent_motion_leaves_the_head_in_place() -> None:
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in head.voxels.shape), indexing="ij"))
     centres = [(grid * v.voxels).sum(axis=(1, 2, 3)) / v.voxels.sum() for v in (head, moved)]
     assert np.abs(centres[0] - centres[1]).max() < 0.5
+
+
+def test_a_decision_without_scans_is_not_measured() -> None:
+    """A calibrated student evaluated on no scan of a set gives no figures, and no error."""
+    card = bare_card(made_up_calibration(), "x")
+    assert analysis.decision([], card) == {"calibrated": False, "n": 0}

@@ -419,6 +419,8 @@ def decision(rows: Sequence[Row], card: Card, resamples: int = RESAMPLES) -> dic
     if calibration is None:
         return {"calibrated": False}
     known = [r for r in with_dice(rows) if r.scores is not None and r.scores.risk is not None]
+    if not known:
+        return {"calibrated": False, "n": 0}
     required = calibration.required_dice
     good, poor = [r for r in known if r.dice >= required], [r for r in known if r.dice < required]
     clean = [r for r in known if r.facts.artefact == CLEAN]
