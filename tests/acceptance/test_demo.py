@@ -10,40 +10,42 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (ROOT / "daemon" / "models" / "student.onnx").is_file(), reason="no student is in this checkout"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """One run of `rescan demo`, and where its pictures are."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "daemon", "demo", "--out", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False), out
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "out"
 
 
-def test_clean_passes_and_spike_is_caught(demo: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """The clean scan is PASS, the one with a spike RESCAN for the spike; each with its time; status 0 only if all are."""
-    done, _ = demo
-    assert "1. clean scan" in done.stdout, done.stderr
-    assert "verdict         PASS (as expected)" in done.stdout
-    assert "verdict         RESCAN (as expected)\n   artefact        spike" in done.stdout
-    assert done.stdout.count("from the last image to the verdict") == 3
-    assert (done.returncode == 0) == (done.stdout.count("(as expected)") == 3)
+@pytest.fixture(scope="module")
+def demo(pictures: Path) -> subprocess.CompletedProcess[str]:
+    """One run of `rescan demo` with the student that ships."""
+    if not (ROOT / "daemon" / "models" / "student.onnx").is_file():
+        pytest.skip("no student ships yet")
+    command = [sys.executable, "-m", "daemon", "demo", "--out", str(pictures)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped student 0.1.0 does not see motion of 2 mm yet (docs/student.md)")
-def test_motion_is_caught(demo: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """The scan with motion is RESCAN for motion."""
-    assert demo[0].returncode == 0
+def test_every_scan_gets_its_verdict(demo: subprocess.CompletedProcess[str], pictures: Path) -> None:
+    """Three scans are pushed, judged and drawn; the clean one passes, the one with a spike does not."""
+    assert demo.returncode in {0, 1}, demo.stderr
+    parts = demo.stdout.split("\n\n")[0]
+    assert parts.count("from the last image to the verdict") == 3, f"{demo.stdout}\n{demo.stderr}"
+    clean, rest = parts.split("2. motion scan")
+    spike = rest.split("3. spike scan")[1]
+    assert "PASS (as expected)" in clean
+    assert "RESCAN (as expected)" in spike
+    assert sorted(file.name for file in pictures.glob("*.png")) == ["1-clean.png", "2-motion.png", "3-spike.png"]
+    assert all(file.stat().st_size > 20_000 for file in pictures.glob("*.png"))
 
 
-def test_pictures(demo: tuple[subprocess.CompletedProcess[str], Path]) -> None:
-    """Each series has its picture."""
-    pictures = sorted(demo[1].glob("*.png"))
-    assert [p.name for p in pictures] == ["1-clean.png", "2-motion.png", "3-spike.png"]
-    assert all(p.stat().st_size > 20_000 for p in pictures)
+def test_status_tells_whether_all_was_right(demo: subprocess.CompletedProcess[str]) -> None:
+    """The exit status is 0 exactly if all three verdicts are as expected."""
+    assert (demo.returncode == 0) == (demo.stdout.count("(as expected)") == 3)
+
+
+@pytest.mark.xfail(reason="the first student takes the demo's moderate motion for good enough", strict=False)
+def test_all_three_are_right(demo: subprocess.CompletedProcess[str]) -> None:
+    """Clean is PASS, motion and spike are RESCAN for that artefact."""
+    assert demo.returncode == 0, demo.stdout
