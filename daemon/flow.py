@@ -443,7 +443,7 @@ class Flow:
     def _verdict(self, action: Action, rule: Rule | None, scored: Scored, content: str, now: float) -> Verdicts:
         identity = self.identity(action.stack)
         last = self.book.last_result(identity.stack_ref)
-        revision = action.revision if last is None else max(action.revision, last.revision + int(last.final))
+        revision = 1 if last is None else last.revision + int(last.final)
         scanner = self.settings.scanner(identity.scanner)
         received = [stored.received_at for stored in action.stack.instances]
         seconds = scored.seconds
