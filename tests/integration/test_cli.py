@@ -23,7 +23,7 @@ def rescan(*arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         cwd=ROOT,
         timeout=patience(60),
-        env={**os.environ, "XDG_STATE_HOME": "/nonexistent"},
+        env={**os.environ, "XDG_STATE_HOME": "/proc/nowhere"},
     )
 
 
@@ -54,7 +54,7 @@ def test_every_command_teaches(command: str) -> None:
         (["serve", "--config", "/nonexistent/x.toml"], 2, "/nonexistent/x.toml: cannot read the configuration"),
         (["serve", "--state", "/proc/nothing"], 2, "state: /proc/nothing"),
         (["sevre"], 2, "did you mean serve?"),
-        (["score", "/nonexistent"], 1, "/nonexistent: there is no such file or folder"),
+        (["score", "/proc/no-scan"], 1, "/proc/no-scan: there is no such file or folder"),
         (["score"], 2, "the following arguments are required: path"),
         (["check", "/nonexistent.toml"], 1, "/nonexistent.toml: cannot read the configuration"),
         (["card", "/nonexistent.onnx"], 1, "/nonexistent.onnx"),
