@@ -156,8 +156,8 @@ def make_row(
     judged = judge(scores, card)
     raw = observation.sample.raw
     measures = {k: raw[k] for k in MEASURES if k in raw} | {"scaled_entropy": observation.scaled_entropy}
-    for key, own in (("snr", observation.reference_snr), ("cnr", observation.reference_cnr)):
-        value = own if own is not None else scores.values.get(key)
+    for key, reference in (("snr", observation.reference_snr), ("cnr", observation.reference_cnr)):
+        value = reference if reference is not None else scores.values.get(key)
         if value is not None:
             measures[key] = value
     if scores.risk is not None:
