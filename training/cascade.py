@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from daemon.words import ARTEFACTS
 from training.augment import augment, draw_augmentation
 from training.bank import GREY, IMAGES, Case, list_cases, read_case
 from training.loop import Schedule, Stage, train
 from training.loss import Likelihood, Parts, combine
-from training.network import NetworkConfig, UNet, load_network, save_network, warm_start
+from training.network import NetworkConfig, UNet, load_network, warm_start
+from training.pictures import network_sheet
 from training.validate import validate_student, validate_task, validate_teacher
 
 log = logging.getLogger("rescan.training")
@@ -25,8 +27,14 @@ log = logging.getLogger("rescan.training")
 TEACHER_SEGMENTS = 2
 """A teacher starts from a trained trunk and has few steps: its rate falls once."""
 
+FINE_TUNE = 0.5
+"""Rate, relative to the profile's, of the teachers and the student that start from the trunk the artefacts shared."""
+
 CLEAN_SHARE = 0.4
 """Of a teacher's images."""
+
+JOINT_SHARES = (0.12, 0.12, 0.2, 0.22, 0.34)
+"""How often each artefact is drawn for five teachers on one trunk: those that are harder to see more often."""
 
 TARGET_MAX = 20.0
 """Frozen networks' variances are cut here: twice the cross entropy of a voxel that is certainly wrong."""
@@ -44,7 +52,7 @@ class Profile:
         crops: cells per axis that one sample shows, in the task, teacher and student stage; the network has no spatial
             statistics, so a crop and the whole head give the same answer away from the crop's edge.
         steps: of the task, each teacher, the student.
-        joint_steps: of the five teachers on one trunk, where there is no time for five; 0 trains them apart.
+        joint_steps: of the five teachers on one trunk, which each of them and the student start from; 0: from the task's.
         rate, eps, segments: see `Schedule`.
         likelihood: see `training.loss`.
         train_cases, validation_cases: size of the bank.
@@ -165,67 +173,73 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = Samples(bank, profile, device)
-    weak = []
+    held_out, weak = samples.validation, list[str]()
 
-    def stage(name: str, network: UNet, loss: Any, validate: Any, steps: int, segments: int) -> UNet:
+    def stage(name: str, network: UNet, loss: Any, validate: Any, steps: int) -> UNet:
         if not only or name in only or not (out / f"{name}.pt").exists():
-            schedule = Schedule(steps, profile.rate, profile.eps, segments)
-            last = train(Stage(name, network, loss, validate, schedule), out, device, profile.validate_every, facts)
+            tuned = profile.joint_steps and name not in ("task", "joint")
+            rate = profile.rate * (FINE_TUNE if tuned else 1.0)
+            segments = TEACHER_SEGMENTS if name.startswith("teacher") else profile.segments
+            schedule = Schedule(steps, rate, profile.eps, segments)
+            picture = _picture(held_out[0], network.config.variances, name)
+            what = Stage(name, network, loss, validate, schedule, picture)
+            last = train(what, out, device, profile.validate_every, facts)
             if not last["validation"].get("converged", 1.0):
                 weak.append(name)
-        return load_network(out / f"{name}.pt")[0].to(device).requires_grad_(False)
+        frozen: UNet = load_network(out / f"{name}.pt")[0].requires_grad_(False)
+        return frozen.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload,no-any-return]
 
     # 1. The task network learns grey matter, and its own uncertainty, from clean images.
     task = UNet(NetworkConfig(profile.widths, 1))
-    task = stage(
-        "task",
-        task,
-        lambda s, e, n: task_loss(samples, s, e, n),
-        lambda n: validate_task(n, samples.validation),
-        profile.steps[0],
-        profile.segments,
-    )
+    task = stage("task", task, task_loss(samples), lambda n: validate_task(n, held_out), profile.steps[0])
 
     # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part.
+    start = task
     if profile.joint_steps:
-        joint = UNet(NetworkConfig(profile.widths, 1 + len(ARTEFACTS)))
-        warm_start(joint, task.state_dict())
-        joint = stage(
-            "joint",
-            joint,
-            joint_loss(samples, task),
-            lambda n: validate_student(n, samples.validation),
-            profile.joint_steps,
-            TEACHER_SEGMENTS,
+        start = _student_network(profile, task)
+        start = stage(
+            "joint", start, joint_loss(samples, task), lambda n: validate_student(n, held_out), profile.joint_steps
         )
-        share_trunk(joint, out, facts)
     teachers = []
-    for artefact in ARTEFACTS:
+    for i, artefact in enumerate(ARTEFACTS):
         name, teacher = f"teacher_{artefact}", UNet(NetworkConfig(profile.widths, 2))
         if only and name not in only and "student" not in only:
             continue
-        warm_start(teacher, task.state_dict())
+        warm_start(teacher, teacher_weights(start, i))
+        loss = teacher_loss(samples, artefact, task)
         teachers.append(
-            stage(
-                name,
-                teacher,
-                teacher_loss(samples, artefact, task),
-                lambda n, a=artefact: validate_teacher(n, samples.validation, a),
-                profile.steps[1],
-                TEACHER_SEGMENTS,
-            )
+            stage(name, teacher, loss, lambda n, a=artefact: validate_teacher(n, held_out, a), profile.steps[1])
         )
     if only and "student" not in only:
         return weak
 
     # 3. The student learns all of it at once, from images in which any of the artefacts may be.
-    student = UNet(NetworkConfig(profile.widths, 1 + len(ARTEFACTS)))
-    warm_start(student, (joint if profile.joint_steps else task).state_dict())
-    loss = student_loss(samples, task, teachers)
-    stage(
-        "student", student, loss, lambda n: validate_student(n, samples.validation), profile.steps[2], profile.segments
-    )
+    student, loss = _student_network(profile, start), student_loss(samples, task, teachers)
+    stage("student", student, loss, lambda n: validate_student(n, held_out), profile.steps[2])
     return weak
+
+
+def _picture(case: Case, variances: int, name: str) -> Any:
+    """Draws a held-out head, clean and with each artefact, as the network of a stage sees it."""
+    own = [name.removeprefix("teacher_")] if variances == 2 else list(ARTEFACTS)
+    names = ["task", *own][:variances]
+    return lambda network, file: network_sheet(network, case, names, file)
+
+
+def _student_network(profile: Profile, start: UNet) -> UNet:
+    """Six variances, on the trunk of a trained network."""
+    network = UNet(NetworkConfig(profile.widths, 1 + len(ARTEFACTS)))
+    warm_start(network, start.state_dict())
+    return network
+
+
+def teacher_weights(start: UNet, artefact: int) -> dict[str, Tensor]:
+    """Weights that a teacher starts from: of a trunk that learnt all artefacts, the task's channel and its own."""
+    weights = dict(start.state_dict())
+    if start.config.variances > 2:
+        for part in ("log_variance.weight", "log_variance.bias"):
+            weights[part] = weights[part][[0, 1 + artefact]]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -301,17 +315,27 @@ class Samples:
             return out
 
     @torch.no_grad()
+    def clean_ce(self, network: Any, sample: Sample) -> Tensor:
+        """(1, d, h, w) cross entropy of a network on the clean twin, which is twin 0."""
+        logits, _ = self.forward(network, sample.image(0))
+        return F.cross_entropy(logits, sample.labels, reduction="none")
+
+    @torch.no_grad()
     def variance(self, network: UNet, image: Tensor) -> Tensor:
         """sigma^2 of a frozen network, (1, V, d, h, w)."""
         return torch.exp(self.forward(network, image)[1]).clamp_max(TARGET_MAX)
 
 
-def task_loss(samples: Samples, step: int, eps: float, network: Any) -> Parts:
+def task_loss(samples: Samples) -> Any:
     """Eq. 4 on a clean image."""
-    rng = np.random.default_rng((1, step))
-    sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")], samples.profile.crops[0])
-    logits, log_variance = samples.forward(network, sample.image(0))
-    return combine(logits, log_variance, sample.labels, sample.weight(0), None, eps, samples.profile.likelihood)
+
+    def loss(step: int, eps: float, network: Any) -> Parts:
+        rng = np.random.default_rng((1, step))
+        sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")], samples.profile.crops[0])
+        logits, log_variance = samples.forward(network, sample.image(0))
+        return combine(logits, log_variance, sample.labels, sample.weight(0), None, eps, samples.profile.likelihood)
+
+    return loss
 
 
 def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
@@ -324,20 +348,19 @@ def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
         sample = samples.draw(rng, case, twins, samples.profile.crops[1])
         seen = 0 if rng.random() < CLEAN_SHARE else sample.worse(rng)
         logits, log_variance = samples.forward(network, sample.image(seen))
-        target = samples.variance(task, sample.image(0))
-        return combine(
-            logits, log_variance, sample.labels, sample.weight(seen), target, eps, samples.profile.likelihood
-        )
+        target, form = samples.variance(task, sample.image(0)), samples.profile.likelihood
+        clean = samples.clean_ce(network, sample) if seen and form == "faithful" else None
+        return combine(logits, log_variance, sample.labels, sample.weight(seen), target, eps, form, None, 1, clean)
 
     return loss
 
 
 def joint_loss(samples: Samples, task: UNet) -> Any:
-    """Eq. 6 for the five teachers on one trunk: one artefact or none per image; the variances of the absent are zero."""
+    """Eq. 6 for five teachers on one trunk: one artefact or none per image; the variances of the absent are zero."""
 
     def loss(step: int, eps: float, network: Any) -> Parts:
         rng = np.random.default_rng((4, step))
-        case, own = samples.case(rng), int(rng.integers(len(ARTEFACTS)))
+        case, own = samples.case(rng), int(rng.choice(len(ARTEFACTS), p=JOINT_SHARES))
         twins = [0, IMAGES.index(f"{ARTEFACTS[own]}_a"), IMAGES.index(f"{ARTEFACTS[own]}_b")]
         sample = samples.draw(rng, case, twins, samples.profile.crops[2])
         seen = 0 if rng.random() < CLEAN_SHARE / 2 else sample.worse(rng)
@@ -348,23 +371,12 @@ def joint_loss(samples: Samples, task: UNet) -> Any:
         if seen:
             channels[1 + own] = 0.0
         form, left = samples.profile.likelihood, 1 + own if seen else None
-        return combine(logits, log_variance, sample.labels, sample.weight(seen), targets, eps, form, channels, left)
+        clean = samples.clean_ce(network, sample) if seen and form == "faithful" else None
+        return combine(
+            logits, log_variance, sample.labels, sample.weight(seen), targets, eps, form, channels, left, clean
+        )
 
     return loss
-
-
-def share_trunk(joint: UNet, out: Path, facts: dict[str, Any]) -> None:
-    """Write the five teachers of one trunk, each with the task's channel and its own."""
-    for i, artefact in enumerate(ARTEFACTS):
-        path = out / f"teacher_{artefact}.pt"
-        if path.exists():
-            continue
-        weights = dict(joint.state_dict())
-        for part in ("log_variance.weight", "log_variance.bias"):
-            weights[part] = weights[part][[0, 1 + i]]
-        teacher = UNet(replace(joint.config, variances=2))
-        teacher.load_state_dict(weights)
-        save_network(teacher, path, **facts, stage=f"teacher_{artefact}", shared_trunk=True, validation={})
 
 
 def student_loss(samples: Samples, task: UNet, teachers: Sequence[UNet]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -65,6 +66,7 @@ class Stage:
         loss: (step, eps, network) -> Parts, drawing its own sample; deterministic in the step number.
         validate: network -> flat numbers; `converged` (1.0 or 0.0) among them.
         schedule: of the stage.
+        picture: (network, file) -> None, drawn at every validation; None draws nothing.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Stage:
     loss: Callable[[int, float, torch.nn.Module], Parts]
     validate: Callable[[UNet], dict[str, float]]
     schedule: Schedule
+    picture: Callable[[UNet, Path], None] | None = None
 
 
 def train(stage: Stage, out: Path, device: torch.device, validate_every: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +100,8 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
         stage.network.load_state_dict(checkpoint["weights"])
         log.info("%s: finished earlier", stage.name)
         return dict(checkpoint)
-    network = stage.network.to(device)
+    # Channels last: a quarter less time per step on a CPU (docs/benchmarks.md), the same on a GPU.
+    network = stage.network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     # A short memory of gradient sizes: a new variance head starts with large ones that must not slow it for long.
     optimizer = torch.optim.Adam(network.parameters(), lr=stage.schedule.rate, betas=(0.9, 0.99))
     first = _resume(state_file, network, optimizer)
@@ -109,6 +113,7 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
         if (step + 1) % validate_every == 0 or step + 1 == stage.schedule.steps:
             network.eval()
             meter.report(step, stage.validate(network))
+            _draw(stage, network, out / "pictures" / f"{stage.name}_{step + 1:06d}.png")
             network.train()
         if time.monotonic() - saved > CHECKPOINT_EVERY_S:
             _save_state(state_file, network, optimizer, step + 1)
@@ -139,6 +144,14 @@ def _step(stage: Stage, step: int, model: torch.nn.Module, optimizer: torch.opti
     torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
     optimizer.step()
     return parts
+
+
+def _draw(stage: Stage, network: UNet, file: Path) -> None:
+    """The stage's picture, where matplotlib is installed (a machine without a registry may lack it)."""
+    if stage.picture is None or importlib.util.find_spec("matplotlib") is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stage.picture(network, file)
 
 
 def _save_state(path: Path, network: UNet, optimizer: torch.optim.Optimizer, step: int) -> None:

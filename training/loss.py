@@ -161,6 +161,7 @@ def combine(
     form: Likelihood,
     channels: Tensor | None = None,
     own: int | None = None,
+    clean_ce: Tensor | None = None,
 ) -> Parts:
     """The loss of any stage: task (Eq. 4), teacher (Eq. 6) or student (the sum over artefacts).
 
@@ -174,14 +175,15 @@ def combine(
         form: see `heteroscedastic`.
         channels: (T,) weights of the targets.
         own: variance that has no target and takes what the task leaves of 2 CE; used by the faithful form, in which it
-            is regressed on the local mean of that excess.
+            is regressed on the local mean of what the artefact adds to 2 CE.
+        clean_ce: (N, D, H, W) cross entropy of the same network on the clean twin; None: the image is the clean one.
     """
     variance = torch.exp(log_variance)
     total = variance.sum(dim=1)
     nll, ce = heteroscedastic(logits, labels, total, eps, form)
     likelihood, held = masked_mean(nll, weight), nll.new_zeros(())
     if form == "faithful":
-        held = _regressed(log_variance, ce, weight, targets, eps, channels, own)
+        held = _regressed(log_variance, ce, weight, targets, eps, channels, own, clean_ce)
     elif targets is not None:
         held = consistency(variance[:, : targets.shape[1]], targets, weight, channels)
     weight_p99 = torch.quantile((1.0 / (total.detach() + eps)).flatten()[::97], 0.99)
@@ -196,15 +198,30 @@ def _regressed(
     eps: float,
     channels: Tensor | None,
     own: int | None,
+    clean_ce: Tensor | None,
 ) -> Tensor:
     """The faithful form's part for the variances; see `combine`."""
-    left = (2.0 * ce.detach().clamp_max(CE_MAX) - eps).unsqueeze(1)
     if targets is None:
+        left = (2.0 * ce.detach().clamp_max(CE_MAX) - eps).unsqueeze(1)
         return mean_consistency(log_variance, left.clamp_min(0.0), weight, left.new_ones(1))
-    weights = left.new_ones(targets.shape[1]) if channels is None else channels
+    weights = targets.new_ones(targets.shape[1]) if channels is None else channels
     held = mean_consistency(log_variance[:, : targets.shape[1]], targets, weight, weights)
     if own is None:
         return held
-    # One voxel's cross entropy is a coin thrown once: only its mean over a neighbourhood tells an excess from luck.
-    excess = F.avg_pool3d(left + eps - targets[:, :1], 5, stride=1, padding=2, count_include_pad=False).clamp_min(0.0)
-    return held + mean_consistency(log_variance[:, own : own + 1], excess, weight, left.new_ones(1))
+    added = torch.zeros_like(ce) if clean_ce is None else excess(ce.detach(), clean_ce)
+    return held + mean_consistency(log_variance[:, own : own + 1], added.unsqueeze(1), weight, targets.new_ones(1))
+
+
+def excess(ce: Tensor, clean_ce: Tensor) -> Tensor:
+    """What an artefact adds to 2 CE, as a mean over 5x5x5 voxels, not below zero.
+
+    Both come from the same network and the same labels, so that what is hard about the anatomy cancels: an artefact
+    nobody can see adds nothing. One voxel's cross entropy is a coin thrown once; only a neighbourhood tells an excess
+    from luck.
+
+    Args:
+        ce: (N, D, H, W) cross entropy with the artefact.
+        clean_ce: (N, D, H, W) on the clean twin.
+    """
+    added = 2.0 * (ce.clamp_max(CE_MAX) - clean_ce.clamp_max(CE_MAX))
+    return F.avg_pool3d(added, 5, stride=1, padding=2, count_include_pad=False).clamp_min(0.0)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from daemon.prepare import prepare
 from daemon.words import ARTEFACTS, Array, Refusal
 from training import kspace
 from training.anatomy import Head, Source, make_head
-from training.bank import Case, corrupted_volume, to_input
+from training.bank import GREY, IMAGES, Case, corrupted_volume, to_input
+from training.network import UNet
 
 SEVERITIES: dict[str, list[kspace.Corruption]] = {
     "noise": [kspace.Corruption(noise=kspace.Noise(db, 7)) for db in (30.0, 15.0, 5.0, -5.0)],
@@ -52,26 +54,39 @@ def artefact_sheet(source: Source, out: Path) -> None:
     _save(figure, out)
 
 
-def case_sheet(case: Case, image: int, variances: Array, segmented: Array, names: Sequence[str], out: Path) -> None:
-    """A sample, its grey matter, the segmentation and each uncertainty map.
+def network_sheet(network: UNet, case: Case, names: Sequence[str], out: Path) -> None:
+    """What a network makes of a clean head and of one with each artefact: sample, truth, segmentation, each variance.
 
     Args:
+        network: in evaluation mode.
         case: of the bank.
-        image: index of the image that the network saw.
-        variances: (V, D, H, W) sigma^2.
-        segmented: (D, H, W) probability of grey matter.
-        names: of the variances.
+        names: of the network's variances.
         out: PNG file.
     """
-    figure, axes = _grid(1, 3 + len(variances))
-    values, _ = to_input(case.images[image])
-    level = values.shape[2] // 2
-    for axis, picture in zip(axes[0], (values, case.labels & 1, segmented), strict=False):
-        _show(axis, np.asarray(picture)[:, :, level].T)
-    for axis, name, picture in zip(axes[0][3:], names, variances, strict=True):
-        axis.imshow(picture[:, :, level].T, origin="lower", cmap="inferno", vmin=0, vmax=1.5)
-        axis.set_title(name, fontsize=7)
+    figure, axes = _grid(1 + len(ARTEFACTS), 3 + len(names))
+    for row, image in enumerate(("clean", *(f"{a}_a" for a in ARTEFACTS))):
+        values, _ = to_input(case.images[IMAGES.index(image)])
+        segmented, variances = _read(network, values)
+        level = values.shape[2] // 2
+        for axis, title, picture in zip(
+            axes[row], (image, "truth", "segmented"), (values, case.labels & GREY, segmented), strict=False
+        ):
+            _show(axis, np.asarray(picture)[:, :, level].T)
+            axis.set_title(title, fontsize=7)
+        for axis, name, variance in zip(axes[row][3:], names, variances, strict=True):
+            axis.imshow(variance[:, :, level].T, origin="lower", cmap="inferno", vmin=0, vmax=1.5)
+            axis.set_title(name, fontsize=7)
     _save(figure, out)
+
+
+@torch.no_grad()
+def _read(network: UNet, values: Array) -> tuple[Array, Array]:
+    """Segmentation (D, H, W) and variances (V, D, H, W) of one whole image."""
+    device = next(network.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16):
+        logits, log_variance = network(torch.from_numpy(values)[None, None].to(device))
+    segmented = torch.softmax(logits[0].float(), 0)[1]
+    return segmented.cpu().numpy(), torch.exp(log_variance[0]).cpu().numpy()
 
 
 def _any_head(source: Source, seed: int) -> Head:

@@ -67,20 +67,35 @@ def test_faithful_variance_has_the_same_minimum() -> None:
     assert float(values[int(torch.stack(losses).argmin())]) + eps == pytest.approx(2 * ce, abs=2e-3)
 
 
-def test_own_variance_takes_what_the_task_leaves() -> None:
-    """A teacher's own variance does best at 2 CE minus the task's variance."""
-    eps, task = 0.05, 0.3
-    logits = torch.tensor([[0.3, -0.4]]).reshape(1, 2, 1, 1, 1)
-    logits = logits.expand(1, 2, 6, 6, 6)
+def best_own(logits: torch.Tensor, clean_ce: torch.Tensor | None) -> float:
+    """The own variance, of 1901 tried, for which the loss is least."""
     labels, ones = torch.zeros((1, 6, 6, 6), dtype=torch.long), torch.ones(1, 6, 6, 6)
-    ce = float(torch.nn.functional.cross_entropy(logits, labels))
-    target = torch.full((1, 1, 6, 6, 6), task)
-    values = torch.linspace(0.1, 2.0, 1901)
+    target = torch.full((1, 1, 6, 6, 6), 0.3)
+    values = torch.linspace(0.001, 2.0, 2000)
     losses = []
     for v in values:
-        s = torch.log(torch.tensor([task, float(v)])).reshape(1, 2, 1, 1, 1).expand(1, 2, 6, 6, 6)
-        losses.append(L.combine(logits, s, labels, ones, target, eps, "faithful", own=1).total)
-    assert float(values[int(torch.stack(losses).argmin())]) == pytest.approx(2 * ce - task, abs=2e-3)
+        s = torch.log(torch.tensor([0.3, float(v)])).reshape(1, 2, 1, 1, 1).expand(1, 2, 6, 6, 6)
+        losses.append(L.combine(logits, s, labels, ones, target, 0.05, "faithful", own=1, clean_ce=clean_ce).total)
+    return float(values[int(torch.stack(losses).argmin())])
+
+
+def test_own_variance_takes_what_the_artefact_adds() -> None:
+    """A teacher's own variance does best at 2 CE minus 2 CE of the clean twin; nothing, where that is less or clean."""
+    logits = torch.tensor([[0.3, -0.4]]).reshape(1, 2, 1, 1, 1).expand(1, 2, 6, 6, 6)
+    ce = torch.nn.functional.cross_entropy(logits, torch.zeros((1, 6, 6, 6), dtype=torch.long), reduction="none")
+    assert best_own(logits, ce - 0.15) == pytest.approx(0.3, abs=2e-3)
+    assert best_own(logits, ce + 0.15) == pytest.approx(0.0, abs=2e-3)
+    assert best_own(logits, None) == pytest.approx(0.0, abs=2e-3)
+
+
+def test_excess_is_a_local_mean() -> None:
+    """One wrong voxel is spread over its 5x5x5 neighbourhood, each cross entropy cut at its maximum."""
+    ce, clean = torch.zeros(1, 9, 9, 9), torch.zeros(1, 9, 9, 9)
+    ce[0, 4, 4, 4] = 100.0
+    added = L.excess(ce, clean)
+    assert float(added[0, 4, 4, 4]) == pytest.approx(2 * L.CE_MAX / 125)
+    assert float(added[0, 2, 2, 2]) == pytest.approx(2 * L.CE_MAX / 125)
+    assert float(added[0, 1, 4, 4]) == 0.0
 
 
 @pytest.mark.parametrize("form", ["paper", "exact"])
