@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from daemon.config import Settings
+from daemon.config import TOKEN_VARIABLE, Settings
 from daemon.log import Log, quiet_libraries
 
 ENTRIES = {
@@ -137,8 +137,9 @@ def _post(letters: queue.SimpleQueue[object], control: Connection) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The child's environment: allocator settings that keep large buffers, and one thread per numeric library."""
+    """The child's environment: where to find this package; the page's secret stays with the main process."""
     given = dict(os.environ)
+    given.pop(TOKEN_VARIABLE, None)
     given["PYTHONPATH"] = os.pathsep.join(filter(None, [_home(), given.get("PYTHONPATH", "")]))
     return given
 

@@ -28,6 +28,9 @@ UNKNOWN_SCANNER = "unknown"
 SHIPPED_MODEL = Path(__file__).parent / "models" / "student.onnx"
 """The student that comes with Rescan."""
 
+TOKEN_VARIABLE = "RESCAN_PAGE_TOKEN"  # noqa: S105 (the name of a variable)
+"""Environment variable that holds the page's token where `http.token_file` names no file. It is never printed."""
+
 _SLUG = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")
 _ENDPOINT = re.compile(r"tcp://(?P<host>[^\s:*]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})")
@@ -201,7 +204,9 @@ class HttpSettings:
 
     host: str = _setting("127.0.0.1", "address to listen on")
     port: int = _setting(8080, "port to listen on; 0 picks a free one", low=0, high=65535)
-    token_file: Path | None = _setting(None, "file with the token that the page asks for; needed off loopback")
+    token_file: Path | None = _setting(
+        None, f"file with the token that the page asks for; needed off loopback, or {TOKEN_VARIABLE} in the environment"
+    )
     tls_certificate: Path | None = _setting(None, "certificate chain in PEM form")
     tls_key: Path | None = _setting(None, "private key of the certificate")
     tls_at_proxy: bool = _setting(False, "a proxy in front of this port ends TLS")
@@ -271,9 +276,10 @@ class Settings:
                     f"events: {endpoint} is reachable from the network without protection; "
                     "set events.curve = true and make keys with `rescan keys new`"
                 )
-        if not is_loopback(self.http.host) and self.http.token_file is None:
+        if not is_loopback(self.http.host) and self.http.token_file is None and not os.environ.get(TOKEN_VARIABLE):
             raise ConfigError(
-                f"http.host: {self.http.host} is reachable from the network; set http.token_file to a file with a long random token"
+                f"http.host: {self.http.host} is reachable from the network; set http.token_file to a file with a long "
+                f"random token, or give the token in the environment as {TOKEN_VARIABLE}"
             )
 
     def scanner(self, slug: str) -> ScannerSettings | None:
@@ -530,8 +536,25 @@ def value_at(settings: Settings, path: str) -> Any:
 
 def needs_restart(old: Settings, new: Settings) -> list[str]:
     """Dotted paths that differ and cannot change while the daemon runs."""
-    return [
-        d.path
-        for d in describe()
-        if "[]" not in d.path and not d.live and value_at(old, d.path) != value_at(new, d.path)
-    ]
+    changed = [path for path, _, _ in changes(old, new)]
+    live = {d.path for d in describe() if d.live}
+    return [path for path in changed if re.sub(r"\[\d+\]", "[]", path) not in live]
+
+
+def changes(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
+    """What differs: dotted path, old value, new value. Scanners are compared one by one where their number is the same."""
+    found = []
+    for d in describe():
+        if "[]" in d.path:
+            continue
+        before, after = value_at(old, d.path), value_at(new, d.path)
+        if d.path == "scanners" and len(before) == len(after):
+            found += [
+                (f"scanners[{n}].{f.name}", getattr(was, f.name), getattr(now, f.name))
+                for n, (was, now) in enumerate(zip(before, after, strict=True))
+                for f in dataclasses.fields(ScannerSettings)
+                if getattr(was, f.name) != getattr(now, f.name)
+            ]
+        elif before != after:
+            found.append((d.path, before, after))
+    return found

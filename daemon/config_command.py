@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def add_config_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "config",
         help="print the effective settings and where each came from",
-        description="Print every setting in force, with its origin: default, file or flag.",
+        description="Print every setting in force as a TOML file, with its origin: default, file or flag.",
         epilog="examples:\n  rescan config --config /etc/rescan.toml\n  rescan config --schema > rescan.schema.json",
     )
     add_settings_flags(parser)
@@ -124,13 +125,42 @@ def run_config(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({p: {"value": plain(v), "origin": origins[p]} for p, v in rows}, indent=2))
         return 0
-    for path, value in rows:
-        print(f"{path} = {json.dumps(plain(value))}  # {origins[path]}")
+    print("\n".join(settings_file(effective.settings, origins)))
     return 0
 
 
 def _origin(path: str, origins: Any) -> str:
     return str(origins.get(path, "default"))
+
+
+def settings_file(settings: Settings, origins: Mapping[str, str]) -> list[str]:
+    """The lines of a TOML file that says what is in force; each ends with where it comes from. What is not set is a comment."""
+    root: list[str] = []
+    tables: dict[str, list[str]] = {}
+    entries: list[str] = []
+    for described in describe():
+        path, (table, _, name) = described.path, described.path.rpartition(".")
+        if "[]" in path:
+            continue
+        value = plain(value_at(settings, path))
+        if described.kind == "array" and any(isinstance(each, dict) for each in value):
+            for each in value:
+                pairs = [f"{k} = {toml_value(v)}" for k, v in each.items() if v is not None]
+                entries += ["", f"[[{path}]]  # {origins[path]}", *pairs]
+            continue
+        unset = value is None or (described.kind == "array" and not value)
+        line = f"# {name} =  # not set" if unset else f"{name} = {toml_value(value)}  # {origins[path]}"
+        (tables.setdefault(table, []) if table else root).append(line)
+    return [*root, *(line for name, lines in tables.items() for line in ("", f"[{name}]", *lines)), *entries]
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML: text, number, truth, list or inline table."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{json.dumps(k)} = {toml_value(v)}' for k, v in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:

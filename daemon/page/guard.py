@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import os
 import secrets
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from daemon.config import ConfigError, HttpSettings, is_loopback
+from daemon.config import TOKEN_VARIABLE, ConfigError, HttpSettings, is_loopback
 
 MIN_TOKEN_LENGTH = 16
 SESSION_S = 30 * 86400
@@ -72,7 +73,7 @@ class Access:
         """
         encrypted = http.tls_at_proxy or http.tls_certificate is not None
         if not is_loopback(http.host):
-            if http.token_file is None:
+            if http.token_file is None and not os.environ.get(TOKEN_VARIABLE):
                 raise ConfigError(f"http.host: {http.host} is reachable from the network; set http.token_file")
             if not encrypted:
                 raise ConfigError(
@@ -116,15 +117,24 @@ def _digest(text: str) -> bytes:
 
 
 def _read_token(http: HttpSettings) -> str:
+    """The token: from the file, else from the environment, else none ("").
+
+    Raises:
+        ConfigError: it cannot be read or is too short; the message never shows it.
+    """
+    name = "http.token_file"
     if http.token_file is None:
-        return ""
-    try:
-        token = http.token_file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"http.token_file: cannot read {http.token_file} ({error}); write the token there") from None
+        token, name = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
+        if not token:
+            return ""
+    else:
+        try:
+            token = http.token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: cannot read {http.token_file} ({error}); write the token there") from None
     if len(token) < MIN_TOKEN_LENGTH:
         raise ConfigError(
-            f"http.token_file: the token has {len(token)} characters; use at least {MIN_TOKEN_LENGTH}, "
+            f"{name}: the token has {len(token)} characters; use at least {MIN_TOKEN_LENGTH}, "
             "such as from `openssl rand -hex 24`"
         )
     return token

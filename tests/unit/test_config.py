@@ -8,8 +8,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from daemon.config import ConfigError, Engine, Settings, describe, load, needs_restart
+from daemon.__main__ import main
+from daemon.config import TOKEN_VARIABLE, ConfigError, Engine, Settings, describe, load, needs_restart
 from daemon.config_command import json_schema, plain
+from daemon.page.guard import Access
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -127,3 +129,44 @@ def test_only_live_settings_change_without_a_restart(tmp_path: Path) -> None:
     old = load(write(tmp_path, "")).settings
     new = load(write(tmp_path, "[dicom]\nport = 1\n[spool]\nretention_s = 5\n")).settings
     assert needs_restart(old, new) == ["dicom.port"]
+
+
+SCANNER = '[[scanners]]\nslug = "mr1"\nae_title = "MR"\naddress = "10.1.2.3"\nalerts = "{}"\n'
+
+
+def test_a_scanner_leaves_shadow_mode_without_a_restart(tmp_path: Path) -> None:
+    """Its alerts and its label are live; its address is not, and a scanner more needs a restart."""
+    old = load(write(tmp_path, SCANNER.format("shadow"))).settings
+    assert needs_restart(old, load(write(tmp_path, SCANNER.format("on"))).settings) == []
+    moved = SCANNER.format("shadow").replace("10.1.2.3", "10.1.2.4")
+    assert needs_restart(old, load(write(tmp_path, moved)).settings) == ["scanners[0].address"]
+    more = SCANNER.format("shadow") + SCANNER.format("on").replace("mr1", "mr2").replace('"MR"', '"MR2"')
+    assert needs_restart(old, load(write(tmp_path, more)).settings) == ["scanners"]
+
+
+def test_what_config_prints_is_a_file_that_check_accepts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The printed file gives the same settings again, also where scanners and rules are set."""
+    rule = "[[rules]]\nname = \"t1\"\ndescription = '(?i)t1\\b'\nattributes = { StationName = '(?i)mr' }\nslices = [64, 512]\n"
+    for text in ("", SCANNER.format("shadow") + rule):
+        file = write(tmp_path, text)
+        assert main(["config", "--config", str(file)]) == 0
+        printed = tmp_path / "printed.toml"
+        printed.write_text(capsys.readouterr().out, encoding="utf-8")
+        assert load(printed).settings == load(file).settings
+        assert main(["check", "--no-ports", str(printed)]) == 0
+
+
+def test_the_page_token_may_come_from_the_environment_and_is_shown_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It opens the door off loopback; `rescan config` and the settings do not show it; a short one is refused unseen."""
+    file = write(tmp_path, '[http]\nhost = "0.0.0.0"\ntls_at_proxy = true\n')
+    monkeypatch.setenv(TOKEN_VARIABLE, "correct-horse-battery")
+    settings = load(file).settings
+    assert Access.from_settings(settings.http).opens("correct-horse-battery")
+    assert main(["config", "--config", str(file), "--json"]) == 0
+    assert "correct-horse" not in capsys.readouterr().out + repr(settings)
+    monkeypatch.setenv(TOKEN_VARIABLE, "short-secret")
+    with pytest.raises(ConfigError) as caught:
+        Access.from_settings(settings.http)
+    assert "short-secret" not in str(caught.value)
