@@ -28,6 +28,7 @@ COMMANDS = {
     "card": ("daemon.card", "print the card inside a model file"),
     "keys": ("daemon.keys", "make and authorise the keys that protect events"),
     "history": ("daemon.history", "export verdicts, alerts and feedback"),
+    "audit": ("daemon.audit", "show who acknowledged what, and which settings and model were in force"),
     "calibrate": ("daemon.calibration", "fit the thresholds of this site to its own history"),
     "purge": ("daemon.purge", "delete received images before their time"),
 }

@@ -15,18 +15,21 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
 from daemon import __version__
 from daemon.alert import Effect
+from daemon.audit import FILE_NAME as AUDIT_FILE
+from daemon.audit import Audit, Kind, file_sha256
 from daemon.calibration import FILE_NAME, CalibrationError, SiteCalibration, in_force, load_site
 from daemon.child import Child
 from daemon.config import UNKNOWN_SCANNER, ConfigError, Settings, load, needs_restart
@@ -106,6 +109,7 @@ class App:
         self.rules = load_rules(settings.rules)
         self.metrics = Metrics([s.slug for s in settings.scanners], [r.name for r in self.rules], REASONS)
         self.ledger = Ledger(settings.state / "ledger.db", settings.alerts, on_change=self._count_alert)
+        self.audit = Audit(settings.state / AUDIT_FILE)
         self.publisher = Publisher(settings.events, self.ledger, ready=lambda: not self.not_ready())
         self.calibration = _Calibration(settings.state / FILE_NAME)
         self.flow = Flow(
@@ -121,7 +125,7 @@ class App:
         self.board = Board()
         store = Store(lambda: self.settings, self.ledger, self.board, self.age_s, self.not_ready, self.publisher.wake)
         page = page_routes(store, Access.from_settings(settings.http), stopping=lambda: bool(self._signals))
-        self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self.metrics.scrape), page))
+        self.web = Web(settings.http, make_app(Probes(self.age_s, self.not_ready, self._scrape), page))
         self.spool: SpoolReader | None = None
         self.dicom_port: int | None = None
         self.model_reason: str | None = LOADING
@@ -160,6 +164,11 @@ class App:
         (self.settings.state / "ports.json").unlink(missing_ok=True)
         spool_folder(self.settings).mkdir(mode=0o700, exist_ok=True)
         self._catch_signals()
+        self._begin_audit()
+        self.metrics.set("start_time_seconds", self._started[0])
+        self.metrics.set("config_last_reload_successful", 1)
+        for scanner in self._scanners():
+            self._show_alerts(scanner)
         self.publisher.start()
         for child in self.children.values():
             child.start()
@@ -334,9 +343,9 @@ class App:
     def _note_exams(self) -> None:
         """A new exam on a scanner ends the alerts of the one before."""
         exams, self.flow.new_exams = self.flow.new_exams, []
-        for scanner, exam_ref, at in exams:
+        for exam in exams:
             with contextlib.suppress(sqlite3.Error):  # the result of the exam's first series says it again
-                self.ledger.exam_started(scanner, exam_ref, at)
+                self.ledger.exam_started(exam.scanner, exam.exam_ref, exam.at, exam.device)
 
     def _end_replay(self) -> None:
         if self.flow.replaying and self._position >= self._replay_until and not self.flow.waiting:
@@ -411,6 +420,15 @@ class App:
             provider=str(engine["provider"]),
         )
         self.metrics.set("engine_fallback", bool(message["fallback"]))
+        self._write_down(
+            lambda: self.audit.differing(
+                Kind.MODEL,
+                name=message["card"].name,
+                version=message["card"].version,
+                sha256=message["sha256"],
+                engine=str(engine["provider"]),
+            )
+        )
         self.log.write(
             Event.ENGINE,
             level="error" if message["fallback"] else None,
@@ -542,6 +560,7 @@ class App:
         try:
             self._measure(self.spool)
             self._retire()
+            self.audit.flush()
         except OSError as error:  # a full or failing disk must not end the main loop
             self.log.failure(error, process="main", step="housekeeping")
 
@@ -550,6 +569,7 @@ class App:
         facts = spool.facts()
         self.metrics.set("spool_bytes", facts.size_bytes)
         self.metrics.set("spool_free_bytes", facts.free_bytes)
+        self.metrics.set("spool_disk_bytes", shutil.disk_usage(self.settings.state).total)
         self.metrics.set("spool_quota_bytes", self.settings.spool.quota_bytes)
         self.metrics.set("spool_oldest_age_seconds", facts.oldest_age_s or 0.0)
         self.metrics.set("clock_step_seconds", time.time() - self.now())
@@ -582,9 +602,20 @@ class App:
         self.metrics.count("replay_requests_total", facts["replay_requests"] - self._replays_counted)
         self._replays_counted = facts["replay_requests"]
         self.board.show(flow.progress())
+        self.metrics.set("ledger_pending", len(self._unwritten))
+        self.metrics.set("audit_pending", self.audit.pending)
         opened = Counter(scanner for _, _, scanner, _, _ in flow.assembly.open_stacks())
-        for scanner in (*(s.slug for s in self.settings.scanners), UNKNOWN_SCANNER):
+        for scanner in self._scanners():
             self.metrics.set("series_open", opened[scanner], scanner=scanner)
+
+    def _scanners(self) -> tuple[str, ...]:
+        """Every value of the label `scanner`."""
+        return (*(s.slug for s in self.settings.scanners), UNKNOWN_SCANNER)
+
+    def _scrape(self) -> bytes:
+        """The metrics; called from the HTTP thread."""
+        self.metrics.set("clock_seconds", time.time())
+        return self.metrics.scrape()
 
     def _count_alert(self, change: AlertChange) -> None:
         """Called by the ledger, in the thread that made the change."""
@@ -601,9 +632,36 @@ class App:
             metrics.count("alert_feedback_total", scanner=alert.scanner, verdict=alert.reason or OTHER)
             if change.seconds is not None:
                 metrics.observe("alert_ack_seconds", change.seconds, scanner=alert.scanner)
+            told = (alert.alert_id, alert.scanner, alert.reason, alert.by, alert.changed_at)
+            self._write_down(lambda: self.audit.acknowledged(*told))
         elif change.happened is None and change.seconds is not None:
             metrics.observe("alert_display_seconds", change.seconds, scanner=alert.scanner)
-        metrics.set("alerts_open", len(self.ledger.open_alerts(alert.scanner)), scanner=alert.scanner)
+        self._show_alerts(alert.scanner)
+
+    def _show_alerts(self, scanner: str) -> None:
+        """How many alerts of a scanner are open, and how many of them wait for an answer."""
+        found = self.ledger.open_alerts(scanner)
+        self.metrics.set("alerts_open", len(found), scanner=scanner)
+        self.metrics.set("alerts_waiting", sum(a.acknowledged_at is None for a in found), scanner=scanner)
+
+    # --- the audit ----------------------------------------------------------------------------------------------------
+
+    def _begin_audit(self) -> None:
+        """What is in force from now on, and the acknowledgements that an earlier crash kept out."""
+        self._write_down(lambda: self.audit.write(Kind.STARTED, version=__version__))
+        self._write_down(lambda: self.audit.settings(self.settings))
+        self._write_down(self._audit_calibration)
+        self._write_down(lambda: self.audit.catch_up(self.ledger.feedback()))
+
+    def _audit_calibration(self) -> None:
+        self.audit.differing(Kind.CALIBRATION, sha256=file_sha256(self.settings.state / FILE_NAME))
+
+    def _write_down(self, write: Callable[[], None]) -> None:
+        """Write to the audit; what a failing disk does not take waits there and is tried again."""
+        try:
+            write()
+        except OSError as error:
+            self.log.failure(error, process="main", step="audit")
 
     # --- SIGHUP -------------------------------------------------------------------------------------------------------
 
@@ -612,17 +670,30 @@ class App:
         try:
             new = load(self.file, self.flags).settings
             rules = load_rules(new.rules)
-            self.calibration.read()
+            waiting = needs_restart(self.settings, new)
+            if not waiting:
+                self.calibration.read()
         except (ConfigError, RuleError, CalibrationError) as error:
-            self.log.write(Event.RELOAD_REFUSED, level="error", reason=str(error))
+            self._refuse_reload("error", str(error))
             return
-        waiting = needs_restart(self.settings, new)
         if waiting:
-            self.log.write(Event.RELOAD_REFUSED, level="warning", reason="needs a restart", settings=",".join(waiting))
+            self._refuse_reload("warning", "needs a restart", waiting)
             return
         self.settings, self.rules = new, rules
         self.flow.settings, self.flow.rules = new, rules
+        self.ledger.alerts = new.alerts
+        self.metrics.allow_rules(rule.name for rule in rules)
+        self.metrics.set("config_last_reload_successful", 1)
+        self._write_down(lambda: self.audit.settings(new))
+        self._write_down(self._audit_calibration)
         self.log.write(Event.RELOADED)
+
+    def _refuse_reload(self, level: str, reason: str, waiting: Iterable[str] = ()) -> None:
+        """Nothing changes; say why, and which settings need a restart."""
+        named = ",".join(waiting) or None
+        self.metrics.set("config_last_reload_successful", 0)
+        self._write_down(lambda: self.audit.write(Kind.RELOAD_REFUSED, reason=reason, settings=named))
+        self.log.write(Event.RELOAD_REFUSED, level=level, reason=reason, settings=named)
 
 
 class _Calibration:

@@ -6,7 +6,8 @@ a caller that no `[[scanners]]` entry claims is `unknown`, a word that is not on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,7 @@ METRICS = (
     ),
     Metric("alerts_total", "counter", "Alerts raised.", ("scanner", "severity", "reason")),
     Metric("alerts_open", "gauge", "Alerts raised and not yet ended.", ("scanner",)),
+    Metric("alerts_waiting", "gauge", "Alerts raised and not yet acknowledged.", ("scanner",)),
     Metric("alerts_suppressed_total", "counter", "Alerts held back by the limit per exam.", ("scanner",)),
     Metric("alert_ack_seconds", "histogram", "From raising an alert to its acknowledgement.", ("scanner",), _ACK_S),
     Metric(
@@ -94,6 +96,7 @@ METRICS = (
     Metric("spool_bytes", "gauge", "Bytes that the spool holds."),
     Metric("spool_quota_bytes", "gauge", "Bytes that the spool may hold."),
     Metric("spool_free_bytes", "gauge", "Free bytes on the spool's disk."),
+    Metric("spool_disk_bytes", "gauge", "Size of the spool's disk."),
     Metric("spool_oldest_age_seconds", "gauge", "Age of the oldest instance in the spool; 0 when empty."),
     Metric("last_instance_timestamp_seconds", "gauge", "Unix time of the last instance stored.", ("scanner",)),
     Metric("last_inference_timestamp_seconds", "gauge", "Unix time of the last inference."),
@@ -101,6 +104,13 @@ METRICS = (
     Metric(
         "series_quarantined_total", "counter", "Series set aside because scoring them crashed the scorer repeatedly."
     ),
+    Metric(
+        "ledger_pending", "gauge", "Results judged and not yet written down; above 0 while the ledger cannot be used."
+    ),
+    Metric("audit_pending", "gauge", "Entries of the audit that the disk has not taken yet."),
+    Metric("config_last_reload_successful", "gauge", "1 when the last reading of the settings was taken, else 0."),
+    Metric("start_time_seconds", "gauge", "Unix time of the start of the main process."),
+    Metric("clock_seconds", "gauge", "Unix time by this machine's clock when it was scraped."),
     Metric("engine_fallback", "gauge", "1 when another engine runs than the best one of this machine, else 0."),
     Metric(
         "process_restarts_total", "counter", "Child processes that ended unasked and were started again.", ("process",)
@@ -129,6 +139,23 @@ LABEL_VALUES: Mapping[str, frozenset[str]] = {
 """What a label may hold where the code itself lists it. `scanner`, `rule` and `reason` come from the configuration and the
 reason codes, given to `Metrics`; the labels of `build_info` from the model file."""
 
+BEGINNINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "associations_total": {},
+    "instances_received_total": {},
+    "receive_bytes_total": {},
+    "series_total": {},
+    "verdicts_total": {"verdict": ("PASS", "REVIEW", "RESCAN", "CANNOT_JUDGE")},
+    "alerts_total": {"severity": ("low", "medium"), "reason": ("noise", "spike", "blur", "wrap", "motion", OTHER)},
+    "alerts_suppressed_total": {},
+    "alert_feedback_total": {"verdict": ("rescanning", "acceptable", "patient_cannot", "wrong")},
+    "last_slice_to_verdict_seconds": {},
+    "last_slice_to_alert_seconds": {},
+    "inference_errors_total": {"reason": ("scorer_crashed", "scorer_failed")},
+    "header_errors_total": {"reason": ("bad_header",)},
+    "process_restarts_total": {"process": ("receiver", "reader", "scorer")},
+}
+"""Metrics whose children exist from the start; the values of a label where they are fewer than it may hold."""
+
 _FREE = frozenset({"version", "model", "ort", "provider"})
 
 
@@ -151,6 +178,21 @@ class Metrics:
             "reason": frozenset(reasons) | LABEL_VALUES["artefact"],
         }
         self._metrics = {metric.name: (metric, _make(metric, self.registry)) for metric in METRICS}
+        self._begin_at_zero()
+
+    def allow_rules(self, rules: Iterable[str]) -> None:
+        """Take the names of rules that a reload brought; those of before stay."""
+        self._allowed["rule"] |= frozenset(rules)
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """Make every child that an alert rule watches: a counter that is first seen at 1 has not increased, to Prometheus."""
+        for name, values in BEGINNINGS.items():
+            labels = self._metrics[name][0].labels
+            for combination in itertools.product(
+                *(values.get(label) or sorted(self._allowed[label]) for label in labels)
+            ):
+                self._metrics[name][1].labels(**dict(zip(labels, combination, strict=True)))
 
     def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Raise a counter."""

@@ -36,8 +36,20 @@ def run(args: argparse.Namespace) -> int:
     if args.older_than is not None and not args.older_than >= 0:
         raise ConfigError(f"--older-than: got {args.older_than:g}; give hours, 0 or more")
     segments, pictures = purge_all(settings.state) if args.all else purge_old(settings.state, 3600 * args.older_than)
+    _tell_the_audit(settings.state, args, segments, pictures)
     print(f"rescan purge: {segments} spool segments and the pictures of {pictures} series deleted", file=sys.stderr)
     return 0
+
+
+def _tell_the_audit(state: Path, args: argparse.Namespace, segments: int, pictures: int) -> None:
+    """Write down what was deleted; a disk that is still full does not undo it."""
+    from daemon.audit import FILE_NAME, Audit, Kind
+
+    what = "all" if args.all else f"older than {args.older_than:g} h"
+    try:
+        Audit(state / FILE_NAME).write(Kind.PURGED, what=what, segments=segments, pictures=pictures)
+    except OSError as error:
+        print(f"rescan purge: not in the audit: {error.strerror}", file=sys.stderr)
 
 
 def purge_old(state: Path, age_s: float) -> tuple[int, int]:

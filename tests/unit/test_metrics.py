@@ -55,3 +55,26 @@ def test_only_forgets_other_label_values() -> None:
     for model in ("a", "b"):
         metrics.only("build_info", 1, version="1", model=model, ort="", provider="cpu")
     assert [dict(labels)["model"] for (name, labels) in samples(metrics) if name == "rescan_build_info"] == ["b"]
+
+
+def test_a_counter_that_an_alert_rule_watches_begins_at_zero() -> None:
+    """Prometheus sees no increase in a counter whose first value is 1; a rule that a reload brings is there at once."""
+    metrics = Metrics(["mr1"], ["t1"], ["localizer"])
+    found = samples(metrics)
+    assert found["rescan_inference_errors_total", (("reason", "scorer_crashed"),)] == 0
+    assert found["rescan_instances_received_total", (("scanner", "mr1"), ("status", "a700"))] == 0
+    metrics.allow_rules(["t9"])
+    key = (("rule", "t9"), ("scanner", "mr1"), ("verdict", "PASS"))
+    assert samples(metrics)["rescan_verdicts_total", key] == 0
+
+
+def test_twenty_scanners_stay_below_five_thousand_series() -> None:
+    """With everything that a scrape can hold for two rules."""
+    metrics = Metrics([f"mr{n}" for n in range(20)], ["t1", "t1_trial"])
+    assert len(samples(metrics)) < 5000
+    for metric in METRICS:
+        if metric.kind == "histogram" and "scanner" in metric.labels:
+            for scanner in (f"mr{n}" for n in range(20)):
+                labels = {**some_labels(metric), "scanner": scanner}
+                metrics.observe(metric.name, 0.5, **labels)
+    assert len([key for key in samples(metrics) if not key[0].endswith("_created")]) < 5000
