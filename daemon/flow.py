@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from daemon import judge as judging
 from daemon.calibration import SiteCalibration
 from daemon.card import Card
-from daemon.config import AlertMode, Settings
+from daemon.config import UNKNOWN_SCANNER, AlertMode, Settings
 from daemon.header import Frame, Header
 from daemon.ledger import Last
 from daemon.page.store import Phase, Progress
@@ -43,6 +43,9 @@ SETTLE_S = 60.0
 KEPT_EXAMS = 1000
 """Exams whose last arrival is remembered, to score the newest first."""
 
+
+DEVICE_ATTRIBUTES = ("Manufacturer", "ManufacturerModelName", "StationName", "InstitutionName")
+"""What tells machines apart that share the name `unknown`; the calling AE title may be that of an archive."""
 
 MAX_SHARED = 20_000
 """Values kept for sharing between headers; beyond it the collection starts anew."""
@@ -156,6 +159,23 @@ class Verdicts:
     last_received_at: float
 
 
+@dataclass(frozen=True)
+class NewExam:
+    """The first instance of an exam has come.
+
+    Attributes:
+        scanner: configured slug, else `unknown`.
+        exam_ref: of the exam.
+        at: when, on the main loop's clock.
+        device: keyed hash of the machine, where the scanner has no configured name and the header names the machine.
+    """
+
+    scanner: str
+    exam_ref: str
+    at: float
+    device: str | None
+
+
 @dataclass
 class Arriving:
     """The series that a scanner sent an instance of last.
@@ -213,7 +233,7 @@ class Flow:
     waiting: deque[_Waiting] = field(default_factory=deque)
     queue: dict[str, Job] = field(default_factory=dict)
     running: Job | None = None
-    new_exams: list[tuple[str, str, float]] = field(default_factory=list)
+    new_exams: list[NewExam] = field(default_factory=list)
     arriving: dict[str, Arriving] = field(default_factory=dict)
     _recent: deque[tuple[float, int]] = field(default_factory=deque)
     _by_position: dict[int, _Waiting] = field(default_factory=dict)
@@ -300,7 +320,7 @@ class Flow:
             return self.assembly.on_association_ended(waiting.record, at)
         header = waiting.header
         if isinstance(header, Header):
-            self._note_exam(waiting.record.scanner, header.study_uid, at)
+            self._note_exam(waiting.record.scanner, header, at)
             self._note_arrival(waiting.record.scanner, header, at)
         if header is None:
             return []
@@ -335,9 +355,10 @@ class Flow:
         facts = (self.key.ref(uid), arriving.number, arriving.instances, arriving.expected, arriving.since)
         return Current(arriving.exam_ref, Progress(phase, *facts))
 
-    def _note_exam(self, scanner: str, study_uid: str, at: float) -> None:
+    def _note_exam(self, scanner: str, header: Header, at: float) -> None:
+        study_uid = header.study_uid
         if study_uid not in self._exam_seen:
-            self.new_exams.append((scanner, self.key.ref(study_uid), at))
+            self.new_exams.append(NewExam(scanner, self.key.ref(study_uid), at, self._device(scanner, header)))
         self._exam_seen[study_uid] = max(at, self._exam_seen.pop(study_uid, 0.0))
         while len(self._exam_seen) > KEPT_EXAMS:
             self._exam_seen.popitem(last=False)
@@ -487,8 +508,16 @@ class Flow:
             "ended_at": ended_at,
             "duration_s": header.attributes.get("AcquisitionDuration"),
             "protocol_ref": self.key.ref(f"protocol {protocol}") if protocol else None,
+            "device_ref": self._device(stack.scanner, header),
         }
         return {name: value for name, value in facts.items() if value is not None}
+
+    def _device(self, scanner: str, header: Header) -> str | None:
+        """Keyed hash of the machine that the header names; None where the scanner has a name of its own, or none is given."""
+        named = [str(header.attributes.get(name, "")).strip() for name in DEVICE_ATTRIBUTES]
+        if scanner != UNKNOWN_SCANNER or not any(named):
+            return None
+        return self.key.ref("device " + "\n".join(named))
 
     def _site(self, scanner: str, rule: Rule | None) -> SiteCalibration | None:
         if self.served is None or rule is None:

@@ -103,7 +103,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
     Raises:
         LedgerError: not a ledger, damaged, held by another program, or written by a newer version.
     """
-    _refuse_strange(path)
+    refuse_strange(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     db = connect(path)
     try:
@@ -130,7 +130,7 @@ def _unusable(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
     )
 
 
-def _refuse_strange(path: Path) -> None:
+def refuse_strange(path: Path) -> None:
     """Refuse what is not ours or is newer, from its first bytes alone: nothing is written, not even a journal."""
     if not path.exists() or path.stat().st_size == 0:
         return

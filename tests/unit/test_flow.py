@@ -119,7 +119,7 @@ def stored(position: int, at: float, uid: str, association: int) -> StoredInstan
     return StoredInstance(position, 1, 0, 100, sha256, CLASSIC, uid, "1.2.840.10008.1.2.1", "unknown", association, at)
 
 
-def header(number: int, series: str, study: str) -> Header:
+def header(number: int, series: str, study: str, **attributes: str | float) -> Header:
     frame = Frame(
         position_mm=(2.0 * number, 0.0, 0.0),
         orientation=(0.0, 1.0, 0.0, 0.0, 0.0, -1.0),
@@ -142,6 +142,7 @@ def header(number: int, series: str, study: str) -> Header:
         series_number=4,
         acquisition_type="3D",
         scanning=frozenset({"GR", "IR"}),
+        attributes=attributes,
     )
 
 
@@ -270,6 +271,20 @@ def test_a_series_that_crashes_the_scorer_is_set_aside_after_three_times() -> No
     assert told.result["verdict"] == "CANNOT_JUDGE"
     assert told.result["reasons"][0]["code"] == "scorer_crashed"
     assert table.flow.next_job() is None
+
+
+def test_machines_without_a_configured_name_are_told_apart() -> None:
+    """By what their headers name, as a keyed hash; a configured scanner needs none, a silent header gives none."""
+    table = Table()
+    for number, (study, station) in enumerate((("1", "MR1"), ("2", "MR2"), ("3", "MR1"), ("4", "")), 1):
+        table.take(stored(number, table.now, f"{study}.1", 1), header(1, f"{study}.1", study, StationName=station))
+    named = dataclasses.replace(stored(5, table.now, "5.1", 1), scanner="mr1")
+    table.take(named, header(1, "5.1", "5", StationName="MR1"))
+    first, second, third, silent, configured = (exam.device for exam in table.flow.new_exams)
+    assert first == third != second
+    assert first is not None
+    assert "MR1" not in first
+    assert (silent, configured) == (None, None)
 
 
 def test_the_newest_exam_is_scored_first() -> None:

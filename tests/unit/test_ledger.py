@@ -184,10 +184,30 @@ def test_an_alert_of_an_exam_that_is_over_ends_as_it_is_raised(ledger: Ledger) -
 
 
 def test_callers_without_a_name_share_no_exam(ledger: Ledger) -> None:
-    """`unknown` may be several scanners: their alerts end by time alone."""
+    """`unknown` may be several scanners: where no machine is named, alerts end by time alone."""
     ledger.record(result("a", scanner="unknown"))
     ledger.record(result("b", scanner="unknown", exam="e2"))
+    ledger.exam_started("unknown", reference("e3"), START, "some machine")
     assert [a.state for a in ledger.open_alerts()] == [State.RAISED, State.RAISED]
+
+
+def test_an_exam_on_an_unknown_machine_ends_the_alerts_of_that_machine_alone(ledger: Ledger) -> None:
+    """At its first instance, and again when its result comes first; another machine under the same name is left alone."""
+    for stack, exam, machine in (("a", "e1", "x"), ("b", "e2", "y"), ("c", "e3", "x")):
+        ledger.record(result(stack, scanner="unknown", exam=exam, device_ref=reference(machine)))
+    assert [alert(ledger, stack).state for stack in "abc"] == [State.EXPIRED, State.RAISED, State.RAISED]
+    ledger.exam_started("unknown", reference("e4"), START + 20, reference("y"))
+    assert [alert(ledger, stack).state for stack in "bc"] == [State.EXPIRED, State.RAISED]
+    ledger.exam_started("unknown", reference("e1"), START + 30, reference("x"))
+    assert alert(ledger, "c").state is State.RAISED, "what comes late of an earlier exam begins none"
+
+
+def test_an_alert_of_an_unknown_machine_whose_exam_is_over_ends_as_it_is_raised(ledger: Ledger) -> None:
+    """As on a scanner that has a name."""
+    ledger.exam_started("unknown", reference("e1"), START, reference("x"))
+    ledger.exam_started("unknown", reference("e2"), START + 5, reference("x"))
+    ledger.record(result("late", exam="e1", scanner="unknown", device_ref=reference("x")))
+    assert states(ledger) == ["raised", "expired"]
 
 
 def test_silence_expires_an_alert(ledger: Ledger) -> None:
