@@ -298,6 +298,7 @@ class App:
             self._take_model(message)
         elif message["kind"] == "unusable":
             self.model_reason = message["text"]
+            notify(f"STATUS=receiving; {self.model_reason}")
             self.log.write(Event.NOT_READY, level="error", reason=message["text"])
         elif message["kind"] == "drawn":
             self._drawing = False
@@ -544,9 +545,10 @@ class App:
         if not self._said_started:
             self._said_started = True
             self.log.write(Event.STARTED, version=__version__, **ports)
+            notify(f"READY=1\nSTATUS=receiving; {self.model_reason or 'ready'}")
         if self.model_reason is None:
             self.log.write(Event.READY)
-            notify("READY=1")
+            notify("STATUS=ready")
 
     def _look_at_what_changes_slowly(self) -> None:
         notify("WATCHDOG=1")
