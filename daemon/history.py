@@ -7,23 +7,28 @@ fill before `rescan calibrate` reads the file.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime as dt
+import io
 import json
+import sqlite3
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from daemon.alert import State
 from daemon.config import ConfigError, default_state_folder
 from daemon.events import timestamp
-from daemon.ledger import Alert, Ledger
+from daemon.ledger_file import unusable
+from daemon.ledger_reader import LedgerReader
+from daemon.ledger_rows import Alert
 from daemon.score import SCORES
-from daemon.words import ARTEFACTS
+from daemon.words import ARTEFACTS, Verdict
 
 LEDGER_FILE = "ledger.db"
-EVERYTHING = 10**9
 
 VERDICT_COLUMNS = (
     "time",
@@ -112,7 +117,7 @@ def verdict_row(at: float, result: Mapping[str, Any], alert: Alert | None) -> di
         **{f"{name}_uncertainty": result["artefacts"].get(name, {}).get("uncertainty") for name in ARTEFACTS},
         **{name: evidence.get(name) for name in ("completeness", "instances", "expected")},
         "last_instance_to_verdict_s": result["timing_s"].get("last_instance_to_verdict"),
-        **{f"model_{name}": model.get(name) for name in ("name", "version", "sha256")},
+        **{f"model_{name}": _harmless(model.get(name)) for name in ("name", "version", "sha256")},
         "engine": engine.get("provider"),
         "precision": engine.get("precision"),
         "calibration": policy.get("calibration"),
@@ -149,28 +154,59 @@ def feedback_row(said: Mapping[str, Any]) -> dict[str, Any]:
     return {**said, "time": timestamp(said["at"]), "by": _harmless(said["by"])}
 
 
-def rows_of(
-    ledger: Ledger, table: str, since: float | None, until: float | None, scanner: str
-) -> Iterable[dict[str, Any]]:
-    """The rows of one table, oldest first."""
+@dataclass(frozen=True)
+class Wanted:
+    """Which rows are exported; an empty filter lets everything through.
+
+    Attributes:
+        scanner: configured slug.
+        rule: name of the selection rule; alerts and feedback have none and are not narrowed by it, nor by the verdict.
+        verdict: word of the verdict.
+        since: unix seconds, inclusive.
+        until: unix seconds, exclusive.
+    """
+
+    scanner: str = ""
+    rule: str = ""
+    verdict: str = ""
+    since: float | None = None
+    until: float | None = None
+
+
+def rows_of(ledger: LedgerReader, table: str, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """The rows of one table, oldest first, read as they are asked for."""
     if table == "verdicts":
         alerts = {alert.stack_ref: alert for alert in ledger.all_alerts()}
-        found = ledger.results(scanner=scanner, since=since, until=until, newest_of_stack=False, limit=EVERYTHING)
-        return (verdict_row(at, result, alerts.get(result["stack_ref"])) for at, result in reversed(found))
+        found = ledger.every_result(wanted.scanner, wanted.rule, wanted.verdict, wanted.since, wanted.until)
+        return (verdict_row(at, result, alerts.get(result["stack_ref"])) for at, result in found)
     if table == "alerts":
-        return (alert_row(a) for a in ledger.all_alerts(since, until) if scanner in ("", a.scanner))
-    return (feedback_row(f) for f in ledger.feedback(since, until) if scanner in ("", f["scanner"]))
+        raised = ledger.all_alerts(wanted.since, wanted.until)
+        return (alert_row(alert) for alert in raised if wanted.scanner in ("", alert.scanner))
+    said = ledger.feedback(wanted.since, wanted.until)
+    return (feedback_row(each) for each in said if wanted.scanner in ("", each["scanner"]))
 
 
-def write_table(file: TextIO, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write CSV with a header; None is empty. Returns the number of rows."""
-    writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+def csv_lines(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """CSV with a header, line by line; None is empty."""
+    line = io.StringIO()
+    writer = csv.DictWriter(line, columns, restval="", extrasaction="ignore", lineterminator="\n")
+
+    def written() -> str:
+        text = line.getvalue()
+        line.seek(0)
+        line.truncate()
+        return text
+
     writer.writeheader()
-    count = 0
+    yield written()
     for row in rows:
         writer.writerow({name: "" if value is None else value for name, value in row.items()})
-        count += 1
-    return count
+        yield written()
+
+
+def export(ledger: LedgerReader, table: str, wanted: Wanted) -> Iterator[str]:
+    """One table as the lines of a CSV file; the page and the command give the same ones."""
+    return csv_lines(TABLES[table], rows_of(ledger, table, wanted))
 
 
 def _time(at: float | None) -> str | None:
@@ -182,7 +218,7 @@ def _between(start: float | None, end: float | None) -> float | None:
 
 
 def _harmless(text: str | None) -> str | None:
-    """What a person typed, so that no spreadsheet takes it for a formula."""
+    """What a person or a file says freely, so that no spreadsheet takes it for a formula."""
     return f"'{text}" if text and text[0] in "=+-@\t\r" else text
 
 
@@ -201,6 +237,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--since", metavar="DATE", help="from this day or time on, such as 2026-01-31 (UTC)")
     parser.add_argument("--until", metavar="DATE", help="up to this day or time, exclusive")
     parser.add_argument("--scanner", default="", metavar="SLUG", help="of this scanner alone")
+    parser.add_argument("--rule", default="", metavar="NAME", help="verdicts of this selection rule alone")
+    parser.add_argument(
+        "--verdict", default="", choices=["", *Verdict], metavar="WORD", help="verdicts of this word alone"
+    )
     parser.set_defaults(func=_history)
 
 
@@ -208,32 +248,33 @@ def _history(args: argparse.Namespace) -> int:
     if (args.table is not None) + (args.to is not None) + args.json != 1:
         raise ConfigError("history: give one of a table (verdicts, alerts, feedback), --to DIR, or --json")
     since, until = _date(args.since, "--since"), _date(args.until, "--until")
+    wanted = Wanted(args.scanner, args.rule, args.verdict, since, until)
     path = args.state / LEDGER_FILE
     if not path.exists():
         raise ConfigError(f"{path}: not there; name the state folder of a daemon with --state")
-    ledger = Ledger.open(path)
-    try:
-        if args.json:
-            return _print_results(ledger, since, until, args.scanner)
-        if args.table is not None:
-            write_table(sys.stdout, TABLES[args.table], rows_of(ledger, args.table, since, until, args.scanner))
-            return 0
-        args.to.mkdir(parents=True, exist_ok=True)
-        for table, columns in TABLES.items():
-            with (args.to / f"{table}.csv").open("w", encoding="utf-8", newline="") as file:
-                count = write_table(file, columns, rows_of(ledger, table, since, until, args.scanner))
-            print(f"{args.to / table}.csv: {count} rows", file=sys.stderr)
-        return 0
-    finally:
-        ledger.close()
-
-
-def _print_results(ledger: Ledger, since: float | None, until: float | None, scanner: str) -> int:
-    found = ledger.results(scanner=scanner, since=since, until=until, newest_of_stack=False, limit=EVERYTHING)
-    for _at, result in reversed(found):
-        if result["final"]:
-            print(json.dumps(result, ensure_ascii=False))
+    with contextlib.closing(LedgerReader(path)) as ledger:
+        try:
+            _write(ledger, wanted, args)
+        except sqlite3.DatabaseError as error:
+            raise unusable(path, error) from None
     return 0
+
+
+def _write(ledger: LedgerReader, wanted: Wanted, args: argparse.Namespace) -> None:
+    """JSON lines, one table, or a folder of tables."""
+    if args.json:
+        found = ledger.every_result(wanted.scanner, wanted.rule, wanted.verdict, wanted.since, wanted.until)
+        for _at, result in found:
+            if result["final"]:
+                print(json.dumps(result, ensure_ascii=False))
+    elif args.table is not None:
+        sys.stdout.writelines(export(ledger, args.table, wanted))
+    else:
+        args.to.mkdir(parents=True, exist_ok=True)
+        for table in TABLES:
+            lines = list(export(ledger, table, wanted))
+            (args.to / f"{table}.csv").write_text("".join(lines), encoding="utf-8", newline="")
+            print(f"{args.to / table}.csv: {len(lines) - 1} rows", file=sys.stderr)
 
 
 def _date(text: str | None, name: str) -> float | None:

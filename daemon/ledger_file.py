@@ -113,7 +113,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
         _migrate(db, path)
     except sqlite3.DatabaseError as error:
         db.close()
-        raise _unusable(path, error) from None
+        raise unusable(path, error) from None
     except LedgerError:
         db.close()
         raise
@@ -121,7 +121,7 @@ def open_writer(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _unusable(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
+def unusable(path: Path, error: sqlite3.DatabaseError) -> LedgerError:
     """What to do depends on whether someone else holds it or it is damaged."""
     if error.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LedgerError(f"{path}: another program holds it ({error}); stop that one first")

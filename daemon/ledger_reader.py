@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,12 @@ from daemon.alert import OPEN, AckReason, State
 from daemon.events import STREAMS
 from daemon.ledger_file import connect, refuse_strange
 from daemon.ledger_rows import Alert, LoggedEvent, alert_where, alerts_where, count_alerts, marks
+
+PAGE_ROWS = 500
+"""Results read at a time."""
+
+FOREVER = 1e18
+"""Unix seconds beyond every time."""
 
 
 @dataclass(frozen=True)
@@ -140,19 +146,30 @@ class LedgerReader:
             newest_of_stack: leave out results that a newer one of the same stack replaced.
             limit: most returned.
         """
-        tests, values = ["1"], []
-        for name, value in (("scanner", scanner), ("rule", rule), ("verdict", verdict), ("exam_ref", exam_ref)):
-            if value:
-                tests.append(f"{name} = ?")
-                values.append(value)
-        if newest_of_stack:
-            tests.append("number = (SELECT MAX(number) FROM result AS newer WHERE newer.stack_ref = result.stack_ref)")
-        low, high = (-1e18 if since is None else since), (1e18 if until is None else until)
-        query = (
-            f"SELECT at, body FROM result WHERE at >= ? AND at < ? AND {' AND '.join(tests)} "  # noqa: S608 (fixed names)
-            "ORDER BY number DESC LIMIT ?"
+        where, values = _conditions(
+            {"scanner": scanner, "rule": rule, "verdict": verdict, "exam_ref": exam_ref}, since, until
         )
-        return [(at, json.loads(body)) for at, body in self._read(query, (low, high, *values, limit))]
+        if newest_of_stack:
+            where += " AND number = (SELECT MAX(number) FROM result AS newer WHERE newer.stack_ref = result.stack_ref)"
+        query = f"SELECT at, body FROM result WHERE {where} ORDER BY number DESC LIMIT ?"  # noqa: S608 (fixed names)
+        return [(at, json.loads(body)) for at, body in self._read(query, (*values, limit))]
+
+    def every_result(
+        self,
+        scanner: str = "",
+        rule: str = "",
+        verdict: str = "",
+        since: float | None = None,
+        until: float | None = None,
+    ) -> Iterator[tuple[float, dict[str, Any]]]:
+        """Results by filter, oldest first, replaced ones too, read some at a time: a history may be longer than the memory."""
+        where, values = _conditions({"scanner": scanner, "rule": rule, "verdict": verdict}, since, until)
+        query = f"SELECT number, at, body FROM result WHERE {where} AND number > ? ORDER BY number LIMIT ?"  # noqa: S608
+        last = 0
+        while rows := self._read(query, (*values, last, PAGE_ROWS)).fetchall():
+            for _, at, body in rows:
+                yield at, json.loads(body)
+            last = rows[-1]["number"]
 
     def result(self, result_id: str) -> tuple[float, dict[str, Any]] | None:
         """One result with the unix seconds it was written."""
@@ -167,14 +184,14 @@ class LedgerReader:
 
     def all_alerts(self, since: float | None = None, until: float | None = None) -> list[Alert]:
         """Every alert by the time it was raised, the suppressed ones too."""
-        low, high = (-1e18 if since is None else since), (1e18 if until is None else until)
+        low, high = (-FOREVER if since is None else since), (FOREVER if until is None else until)
         return alerts_where(
             self._reader(), "raised_at >= ? AND raised_at < ? ORDER BY raised_at, alert_id", (low, high)
         )
 
     def feedback(self, since: float | None = None, until: float | None = None) -> list[dict[str, Any]]:
         """Every acknowledgement in order: alert_id, at, reason, by, and scanner, rule, result_id of the alert."""
-        low, high = (-1e18 if since is None else since), (1e18 if until is None else until)
+        low, high = (-FOREVER if since is None else since), (FOREVER if until is None else until)
         rows = self._read(
             "SELECT f.alert_id, f.at, f.reason, f.by, a.scanner, a.stack_ref, a.result_id FROM feedback f "
             "JOIN alert a USING (alert_id) WHERE f.at >= ? AND f.at < ? ORDER BY f.number",
@@ -221,3 +238,10 @@ class LedgerReader:
     def _events(self, where: str, values: Sequence[Any]) -> list[LoggedEvent]:
         query = f"SELECT number, stream, sequence, topic, body FROM event WHERE {where}"  # noqa: S608 (fixed words)
         return [LoggedEvent(*row) for row in self._read(query, values)]
+
+
+def _conditions(equal: Mapping[str, str], since: float | None, until: float | None) -> tuple[str, list[Any]]:
+    """A condition on results and its values; an empty text lets everything through."""
+    asked = {name: value for name, value in equal.items() if value}
+    low, high = (-FOREVER if since is None else since), (FOREVER if until is None else until)
+    return " AND ".join(["at >= ?", "at < ?", *(f"{name} = ?" for name in asked)]), [low, high, *asked.values()]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from daemon import ledger as ledgers
 from daemon import pictures
-from daemon.alert import NOT_CONCLUDED, State
+from daemon.alert import NOT_CONCLUDED, AckReason, State
 from daemon.config import UNKNOWN_SCANNER, AlertMode, Settings
+from daemon.history import Wanted, export
 from daemon.ledger import Ledger
 from daemon.page.store import (
-    AckReason,
     AlertClosed,
     AlertFacts,
     Entry,
@@ -24,6 +24,7 @@ from daemon.page.store import (
     NoSuchScanner,
     Progress,
     ScannerView,
+    Table,
 )
 
 EXAM_ENTRIES = 30
@@ -172,6 +173,11 @@ class Store:
         """What there is to filter by."""
         scanners, rules = self._ledger.facets()
         return HistoryFacets(tuple(scanners), tuple(rules))
+
+    def export(self, table: Table, query: HistoryQuery) -> Iterator[str]:
+        """One table as the lines of a CSV file, as `rescan history` writes it."""
+        wanted = Wanted(query.scanner, query.protocol, query.verdict, query.since, query.until)
+        return export(self._ledger, table, wanted)
 
     def entry(self, result_id: str) -> Entry | None:
         """One result, whatever its age."""

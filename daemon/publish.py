@@ -28,7 +28,22 @@ from daemon.ledger import AlertClosed, Ledger, LoggedEvent, NoSuchAlert
 SEND_HIGH_WATER = 10_000
 """Messages kept for one slow subscriber before its newest are dropped."""
 
+REPLY_HIGH_WATER = 64
+"""Answers kept for one client that asks and does not read; beyond it they are dropped, and it asks again."""
+
 MAX_REQUEST_BYTES = 65_536
+MAX_FRAMES = 8
+"""Most frames of a request: an envelope of more is nobody's."""
+
+MAX_TAG = 128
+"""Longest `request` that is given back."""
+
+TURN_REQUESTS, TURN_SUBSCRIPTIONS = 20, 1000
+"""Requests and subscriptions heard before news and heartbeats have their turn again."""
+
+MAX_WANTED = 1000
+"""New subscriptions remembered one by one; beyond it open alerts are sent as if to everyone."""
+
 LINGER_MS = 2_000
 KEEPALIVE_IDLE_S, KEEPALIVE_EVERY_S, KEEPALIVE_TRIES = 60, 10, 3
 """A peer that is gone is noticed by TCP. ZMTP heartbeats would cut off a subscriber that is merely slow, and its
@@ -152,7 +167,7 @@ class Publisher:
         made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
         made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_EVERY_S)
         made.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_TRIES)
-        made.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER)
+        made.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER if kind == zmq.XPUB else REPLY_HIGH_WATER)
         made.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
         if kind == zmq.XPUB:
             made.setsockopt(zmq.XPUB_VERBOSER, 1)
@@ -243,11 +258,11 @@ class Publisher:
     def _hear_subscriptions(self) -> None:
         """Count subscriptions; note who may want to see the open alerts."""
         with contextlib.suppress(zmq.Again):
-            while True:
+            for _ in range(TURN_SUBSCRIPTIONS):
                 message = self._pub.recv(zmq.NOBLOCK)
                 if message[:1] == b"\x01":
                     self.subscriptions += 1
-                    self._wanted.add(message[1:])
+                    self._wanted.add(message[1:] if len(self._wanted) < MAX_WANTED else b"")
                 elif message[:1] == b"\x00":
                     self.subscriptions -= 1
 
@@ -269,9 +284,11 @@ class Publisher:
 
     def _answer_requests(self) -> None:
         with contextlib.suppress(zmq.Again):
-            while True:
+            for _ in range(TURN_REQUESTS):
                 frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
                 self.replay_requests += 1
+                if len(frames) > MAX_FRAMES:
+                    continue
                 *envelope, last = frames
                 reply = self._answer(last)
                 self._router.send_multipart([*(f.bytes for f in envelope), reply.encode()], zmq.NOBLOCK)
@@ -366,8 +383,8 @@ def _within(events: list[LoggedEvent], size_bytes: int) -> list[LoggedEvent]:
 
 def _reply(tag: object, **parts: object) -> str:
     """One JSON object; `request` gives back what the request carried under that name, so that answers can be told apart."""
-    tagged = {"request": tag} if isinstance(tag, str | int) else {}
-    return json.dumps({**parts, **tagged}, separators=(",", ":"), ensure_ascii=False)
+    tagged = {"request": tag} if isinstance(tag, int) or (isinstance(tag, str) and len(tag) <= MAX_TAG) else {}
+    return json.dumps({**parts, **tagged}, separators=(",", ":"))  # ASCII: half a surrogate in a request is not UTF-8
 
 
 def _error(tag: object, code: str, text: str) -> str:

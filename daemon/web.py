@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import resource
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +16,21 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from daemon.config import HttpSettings
+from daemon.config import ConfigError, HttpSettings
 
 ALIVE_WITHIN_S = 5.0
 """A main loop that has not turned for so long is not alive."""
+
+MAX_CONNECTIONS = 256
+"""Open connections, from everywhere together; one more is closed at once."""
+
+FIRST_REQUEST_S = 10.0
+"""A connection that has not sent a whole request for so long is closed."""
+
+MAX_FILES = 65_536
+"""Files and connections that this process may hold open, where the system lets it."""
 
 _STOP_LIMIT_S = 3.0
 
@@ -57,6 +70,22 @@ def make_app(probes: Probes, page: Sequence[BaseRoute] = ()) -> Starlette:
     return Starlette(routes=[*probe_routes, *page])
 
 
+class Door(H11Protocol):
+    """One connection: refused where too many are open, closed where it holds the door and says nothing."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take it, or close it."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
+        else:
+            self.loop.call_later(FIRST_REQUEST_S, self._close_silent)
+
+    def _close_silent(self) -> None:
+        if getattr(self, "cycle", None) is None:  # declared as if it were always there
+            self.transport.close()
+
+
 class Web:
     """The running site."""
 
@@ -65,18 +94,21 @@ class Web:
 
         Raises:
             OSError: the port cannot be had; the message names it.
+            ConfigError: the certificate or its key cannot be used.
         """
+        tls = tls_context(settings)
+        _allow_many_files()
         self._socket = listen(settings.host, settings.port)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             app,
+            http=Door,
             log_config=None,
             access_log=False,
             server_header=False,
             lifespan="off",
             timeout_graceful_shutdown=1,
-            ssl_certfile=str(settings.tls_certificate) if settings.tls_certificate else None,
-            ssl_keyfile=str(settings.tls_key) if settings.tls_key else None,
+            ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -93,6 +125,34 @@ class Web:
         if self._thread.is_alive():
             self._thread.join(_STOP_LIMIT_S)
         self._socket.close()
+
+
+def tls_context(settings: HttpSettings) -> ssl.SSLContext | None:
+    """TLS 1.2 or newer with this certificate; None where none is set.
+
+    Raises:
+        ConfigError: the certificate or its key cannot be used; the message is one line.
+    """
+    if settings.tls_certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"http.tls_certificate: {settings.tls_certificate} and its key cannot be used ({error.strerror or error}); "
+            "give a certificate and the unencrypted key that belongs to it, both in PEM form"
+        ) from None
+    return context
+
+
+def _allow_many_files() -> None:
+    """Whoever opens many connections must not keep the main loop from opening its files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from daemon.config import TOKEN_VARIABLE, ConfigError, HttpSettings, is_loopback
+from daemon.page.documents import VIEWS
 
 MIN_TOKEN_LENGTH = 16
 SESSION_S = 30 * 86400
@@ -229,11 +230,9 @@ def _bearer(headers: Headers) -> str:
 
 def _names_this_machine(host: str) -> bool:
     """Whether a Host header names loopback: a foreign name that resolves here is a rebinding attack."""
-    name = urlsplit(f"//{host}").hostname if host else None
-    if name == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(name or "").is_loopback
+        name = urlsplit(f"//{host}").hostname
+        return name == "localhost" or ipaddress.ip_address(name or "").is_loopback
     except ValueError:
         return False
 
@@ -244,7 +243,10 @@ def _comes_from_here(headers: Headers) -> bool:
     if site is not None:
         return site == "same-origin"
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host", "")
+    try:
+        return origin is None or urlsplit(origin).netloc == headers.get("host", "")
+    except ValueError:
+        return False
 
 
 def _no(status: int, text: str) -> Response:
@@ -252,7 +254,7 @@ def _no(status: int, text: str) -> Response:
 
 
 def _ask_to_log_in(path: str) -> Response:
-    if path.startswith(("/api/", "/pictures/")):
+    if path.startswith(("/api/", "/pictures/", "/export/")):
         return _no(401, "Log in first.")
-    target = path if path in {"/", "/physicist"} else "/"
+    target = path if path in VIEWS else "/"
     return RedirectResponse(f"/login?next={quote(target)}", status_code=303)

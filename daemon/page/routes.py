@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import html
+import itertools
 import json
 import logging
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
-from importlib import resources
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -23,10 +20,13 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from daemon import NOTICE
+from daemon.alert import AckReason
+from daemon.page.documents import VIEWS, build, document, static, view_document
 from daemon.page.guard import SESSION_S, Access, Guard, Tries, session_of
-from daemon.page.store import AckReason, HistoryQuery, PageError, PageStore
+from daemon.page.store import HistoryQuery, PageError, PageStore, Table
 from daemon.page.trend import METRICS, trends
 from daemon.words import ARTEFACTS, Verdict
 
@@ -40,20 +40,40 @@ LOOK_S = 0.2
 
 MAX_VIEWERS = 64
 MAX_BODY_BYTES = 4096
+CHUNK_LINES = 200
 MAX_NAME_LENGTH = 32
 
-_TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", ".html": "text/html"}
 _OPAQUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _PICTURE_NAME = re.compile(r"[a-z]{1,16}(-[a-z_]{1,16})?\.png")
 
 
-@dataclass(frozen=True)
-class Asset:
-    """One file of the page, as sent."""
+class Viewers:
+    """Counts the open live streams."""
 
-    body: bytes
-    media_type: str
-    tag: str
+    def __init__(self) -> None:
+        """Start with none."""
+        self.count = 0
+
+    def full(self) -> bool:
+        """Whether one more would be too many."""
+        return self.count >= MAX_VIEWERS
+
+
+class LiveResponse(StreamingResponse):
+    """A live stream, counted from the moment it is answered to its end, however it ends."""
+
+    def __init__(self, content: AsyncIterator[str], viewers: Viewers) -> None:
+        """Send `content` as server-sent events."""
+        super().__init__(content, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        self._viewers = viewers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until the content or the connection ends."""
+        self._viewers.count += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._viewers.count -= 1
 
 
 def routes(
@@ -68,8 +88,8 @@ def routes(
     """
     page = Page(store, access or Access(token="", encrypted=False), stopping)
     inner = [
-        Route("/", page.view("index.html")),
-        Route("/physicist", page.view("physicist.html")),
+        Route("/", page.view("/")),
+        Route("/physicist", page.view("/physicist")),
         Route("/static/{name}", static),
         Route("/login", page.login_form),
         Route("/login", page.log_in, methods=["POST"]),
@@ -78,6 +98,7 @@ def routes(
         Route("/api/live", page.live),
         Route("/api/history", page.history),
         Route("/api/trends", page.trends),
+        Route("/export/{table}.csv", page.export),
         Route("/api/results/{result_id}", page.result),
         Route("/api/alerts/{alert_id}/acknowledge", page.acknowledge, methods=["POST"]),
         Route("/api/alerts/{alert_id}/displayed", page.displayed, methods=["POST"]),
@@ -97,16 +118,16 @@ class Page:
         self.access = access
         self._stopping = stopping
         self._tries = Tries()
-        self._viewers = 0
+        self._viewers = Viewers()
         self._shown: tuple[str, str] = ("", "")
 
     # --- documents ---------------------------------------------------------------------------------------------------
 
-    def view(self, name: str) -> Any:
-        """A handler that sends one document."""
+    def view(self, path: str) -> Any:
+        """A handler that sends one view."""
 
         async def send(_: Request) -> Response:
-            return _document(name)
+            return view_document(path)
 
         return send
 
@@ -114,7 +135,7 @@ class Page:
         """Ask for the token; straight on where none is needed."""
         if not self.access.token:
             return RedirectResponse("/", status_code=303)
-        return _document("login.html", target=_target(request.query_params.get("next", "/")))
+        return document("login.html", target=_target(request.query_params.get("next", "/")))
 
     async def log_in(self, request: Request) -> Response:
         """Turn a token into a session cookie."""
@@ -122,11 +143,11 @@ class Page:
         target = _target(form.get("next", ["/"])[0])
         now = time.monotonic()
         if self._tries.blocked(now):
-            return _document("login.html", "Too many wrong tokens. Wait a minute.", target, status=429)
+            return document("login.html", "Too many wrong tokens. Wait a minute.", target, status=429)
         if not self.access.opens(form.get("token", [""])[0].strip()):
             self._tries.wrong(now)
             log.warning("page login refused")
-            return _document("login.html", "That is not the token.", target, status=403)
+            return document("login.html", "That is not the token.", target, status=403)
         answer = RedirectResponse(target, status_code=303)
         answer.set_cookie(
             self.access.cookie_name,
@@ -154,28 +175,22 @@ class Page:
 
     async def live(self, request: Request) -> Response:
         """The state whenever it changes, and a sign of life every second, as server-sent events."""
-        if self._viewers >= MAX_VIEWERS:
+        if self._viewers.full():
             return JSONResponse({"error": f"{MAX_VIEWERS} pages are open already; close one."}, status_code=503)
-        return StreamingResponse(
-            self._stream(request), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
-        )
+        return LiveResponse(self._stream(request), self._viewers)
 
     async def _stream(self, request: Request) -> AsyncIterator[str]:
-        self._viewers += 1
         sent, next_beat = "", 0.0
-        try:
-            while not self._stopping():
-                version = await to_thread.run_sync(self.store.version)
-                if version != sent:
-                    text = await to_thread.run_sync(self._state_json, version)
-                    yield f"event: state\ndata: {self._personal(text, request)}\n\n"
-                    sent = version
-                if time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + BEAT_S
-                    yield f"event: beat\ndata: {_json(await to_thread.run_sync(self._beat))}\n\n"
-                await anyio.sleep(LOOK_S)
-        finally:
-            self._viewers -= 1
+        while not self._stopping():
+            version = await to_thread.run_sync(self.store.version)
+            if version != sent:
+                text = await to_thread.run_sync(self._state_json, version)
+                yield f"event: state\ndata: {self._personal(text, request)}\n\n"
+                sent = version
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + BEAT_S
+                yield f"event: beat\ndata: {_json(await to_thread.run_sync(self._beat))}\n\n"
+            await anyio.sleep(LOOK_S)
 
     def _beat(self) -> dict[str, Any]:
         return {
@@ -190,7 +205,7 @@ class Page:
         if shown[0] != version:
             state = {
                 **self._beat(),
-                "build": _build(),
+                "build": build(),
                 "notice": NOTICE,
                 "scanners": [asdict(scanner) for scanner in self.store.scanners()],
             }
@@ -228,6 +243,16 @@ class Page:
             return JSONResponse({"error": str(error)}, status_code=400)
         return _answer({"trends": [asdict(trend) for trend in found]})
 
+    async def export(self, request: Request) -> Response:
+        """Verdicts, alerts or feedback by the same filters, as `rescan history` writes them."""
+        try:
+            table = Table(request.path_params["table"])
+        except ValueError:
+            return JSONResponse({"error": f"No such table; there are {', '.join(Table)}."}, status_code=404)
+        lines = self.store.export(table, _query(request))
+        headers = {"content-disposition": f'attachment; filename="rescan-{table}.csv"'}
+        return StreamingResponse(_in_chunks(lines), media_type="text/csv", headers=headers)
+
     async def result(self, request: Request) -> Response:
         """Every number of one result."""
         entry = await to_thread.run_sync(self.store.entry, _opaque(request, "result_id"))
@@ -252,7 +277,7 @@ class Page:
         try:
             said = json.loads(await _body(request))
             reason, by = AckReason(said["reason"]), _name(said.get("by", ""))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             wanted = ", ".join(AckReason)
             return JSONResponse({"error": f"Expected a reason, one of {wanted}, and by whom."}, status_code=400)
         return await self._say(self.store.acknowledge, _opaque(request, "alert_id"), reason, by)
@@ -273,44 +298,6 @@ class Page:
         return JSONResponse({"ok": True})
 
 
-async def static(request: Request) -> Response:
-    """One file of the page; the browser asks again each time and is told when nothing changed."""
-    asset = _assets().get(request.path_params["name"])
-    if asset is None or asset.media_type == "text/html":
-        return JSONResponse({"error": "No such file."}, status_code=404)
-    headers = {"etag": asset.tag, "cache-control": "no-cache"}
-    if request.headers.get("if-none-match") == asset.tag:
-        return Response(status_code=304, headers=headers)
-    return Response(asset.body, media_type=asset.media_type, headers=headers)
-
-
-@cache
-def _assets() -> Mapping[str, Asset]:
-    found = {}
-    for file in resources.files("daemon.page").joinpath("static").iterdir():
-        suffix = file.name[file.name.rfind(".") :]
-        if suffix in _TYPES:
-            body = file.read_bytes()
-            found[file.name] = Asset(body, _TYPES[suffix], f'"{hashlib.sha256(body).hexdigest()[:16]}"')
-    return found
-
-
-@cache
-def _build() -> str:
-    """A word that changes with any file of the page: an older page reloads itself."""
-    tags = "".join(f"{name}{asset.tag}" for name, asset in sorted(_assets().items()))
-    return hashlib.sha256(tags.encode()).hexdigest()[:16]
-
-
-def _document(name: str, message: str = "", target: str = "/", status: int = 200) -> Response:
-    """One HTML file with its few blanks filled."""
-    text = _assets()[name].body.decode()
-    blanks = {"notice": NOTICE, "build": _build(), "message": message, "target": target}
-    for blank, value in blanks.items():
-        text = text.replace(f"{{{{{blank}}}}}", html.escape(value, quote=True))
-    return Response(text, status_code=status, media_type="text/html")
-
-
 def _json(value: object) -> str:
     """Compact JSON without NaN: a number that is not one is an error here, not in the browser."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
@@ -318,6 +305,12 @@ def _json(value: object) -> str:
 
 def _answer(value: object) -> Response:
     return Response(_json(value), media_type="application/json")
+
+
+def _in_chunks(lines: Iterator[str]) -> Iterator[str]:
+    """The same text in pieces that are worth sending."""
+    while piece := "".join(itertools.islice(lines, CHUNK_LINES)):
+        yield piece
 
 
 async def _body(request: Request) -> bytes:
@@ -344,7 +337,7 @@ def _name(value: object) -> str:
 
 def _target(value: str) -> str:
     """Where to go after the login: only to a view of this page."""
-    return value if value in {"/", "/physicist"} else "/"
+    return value if value in VIEWS else "/"
 
 
 def _query(request: Request) -> HistoryQuery:

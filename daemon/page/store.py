@@ -1,4 +1,4 @@
-"""What the page needs from the rest of the daemon: plain facts to show, and two things it may say back.
+"""What the page needs from the rest of the daemon: plain facts to show, and three things it may say back.
 
 The page keeps no state of its own. Whatever it shows is read from a `PageStore`; so a page that comes back after a crash
 shows the same as one that never left.
@@ -6,10 +6,12 @@ shows the same as one that never left.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
+
+from daemon.alert import AckReason
 
 
 class Phase(StrEnum):
@@ -19,13 +21,12 @@ class Phase(StrEnum):
     JUDGING = "judging"
 
 
-class AckReason(StrEnum):
-    """Why a person closed an alert."""
+class Table(StrEnum):
+    """What can be exported as CSV, in the columns of `rescan history`."""
 
-    RESCANNING = "rescanning"
-    ACCEPTABLE = "acceptable"
-    PATIENT_CANNOT = "patient_cannot"
-    WRONG = "wrong"
+    VERDICTS = "verdicts"
+    ALERTS = "alerts"
+    FEEDBACK = "feedback"
 
 
 class PageError(Exception):
@@ -194,6 +195,10 @@ class PageStore(Protocol):
 
     def facets(self) -> HistoryFacets:
         """The scanners and protocols that the history holds."""
+        ...
+
+    def export(self, table: Table, query: HistoryQuery) -> Iterator[str]:
+        """The lines of one table as CSV, oldest first, with a header; the query's limit is not asked."""
         ...
 
     def entry(self, result_id: str) -> Entry | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from daemon import NOTICE
+from daemon.alert import AckReason
 from daemon.page.store import (
-    AckReason,
     AlertClosed,
     AlertFacts,
     Entry,
@@ -19,6 +19,7 @@ from daemon.page.store import (
     NoSuchScanner,
     Progress,
     ScannerView,
+    Table,
 )
 from daemon.pictures import Pictures
 
@@ -180,6 +181,11 @@ class MemoryStore:
     def facets(self) -> HistoryFacets:
         scanners = sorted({str(entry.result["scanner"]) for entry in self.past})
         return HistoryFacets(tuple(scanners), tuple(sorted({entry.protocol for entry in self.past})))
+
+    def export(self, table: Table, query: HistoryQuery) -> Iterator[str]:
+        yield "result_id,verdict\n"
+        for entry in reversed(self.history(query) if table is Table.VERDICTS else []):
+            yield f"{entry.result_id},{entry.result['verdict']}\n"
 
     def entry(self, result_id: str) -> Entry | None:
         return next((entry for entry in self.past if entry.result_id == result_id), None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from importlib import resources
 
 import pytest
 
@@ -22,6 +24,7 @@ from daemon.alert import (
     step,
 )
 from daemon.config import AlertSettings
+from daemon.words import ARTEFACTS, Verdict
 from tests.event_builders import START, result
 
 EXPECTED = """
@@ -195,8 +198,15 @@ def test_every_published_state_has_its_headline(state: State) -> None:
     assert "series 5 on mr1" in message_of(result(), state, START)["headline"]
 
 
-def test_the_page_offers_the_same_reasons() -> None:
-    """Acknowledgement has one list of reasons."""
-    from daemon.page.store import AckReason as PageReason
+def test_the_page_knows_every_word() -> None:
+    """Reasons, published states, verdicts and artefacts: the page has words for each, and for no other."""
+    words = (resources.files("daemon.page") / "static" / "words.js").read_text(encoding="utf-8")
 
-    assert [str(each) for each in AckReason] == [str(each) for each in PageReason]
+    def keys(name: str) -> set[str]:
+        (body,) = re.findall(rf"export const {name} = {{\n(.*?)\n}};", words, re.DOTALL)
+        return set(re.findall(r"^  (\w+):", body, re.MULTILINE))
+
+    assert keys("ACKNOWLEDGE") == set(AckReason)
+    assert keys("ALERT_STATES") == PUBLISHED
+    assert keys("VERDICTS") == {*Verdict, "SHADOW"}
+    assert keys("ARTEFACTS") == set(ARTEFACTS)

@@ -12,8 +12,11 @@ import pytest
 
 from daemon.__main__ import main
 from daemon.calibration import CalibrationError, read_history
+from daemon.config import Settings
 from daemon.history import ALERT_COLUMNS, FEEDBACK_COLUMNS, VERDICT_COLUMNS
 from daemon.ledger import Ledger
+from daemon.page.store import HistoryQuery, Table
+from daemon.page_store import Board, Store
 from daemon.site_calibrate import read_table
 from tests.event_builders import SHA256, START, reference, result
 
@@ -76,6 +79,40 @@ def test_filters(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(table(capsys, state, "verdicts", "--until", "2023-11-15T00:00:00")) == 2
     assert len(table(capsys, state, "verdicts", "--scanner", "mr2")) == 2
     assert table(capsys, state, "alerts", "--scanner", "mr2") == []
+
+
+def test_the_pages_export_is_the_same_file(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Byte for byte, with the same filters."""
+    filters = [
+        ({}, []),
+        ({"scanner": "mr2", "verdict": "PASS"}, ["--scanner", "mr2", "--verdict", "PASS"]),
+        ({"rule": "t2", "since": START + 86_000}, ["--rule", "t2", "--since", "2023-11-15T22:00"]),
+    ]
+    with contextlib.closing(Ledger(state / "ledger.db")) as ledger:
+        store = Store(Settings, ledger, Board(), lambda: 0.0, list, lambda: None)
+        for page, words in filters:
+            query = HistoryQuery(**{"protocol" if name == "rule" else name: value for name, value in page.items()})
+            for each in Table:
+                assert main(["history", each, "--state", str(state), *words]) == 0
+                assert "".join(store.export(each, query)) == capsys.readouterr().out
+
+
+def test_a_long_history_is_read_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result once, in order, across the pages."""
+    monkeypatch.setattr("daemon.ledger_reader.PAGE_ROWS", 3)
+    with contextlib.closing(Ledger(tmp_path / "ledger.db")) as ledger:
+        for number in range(8):
+            ledger.record(result(f"s{number}", "PASS"))
+        assert [r["stack_ref"] for _, r in ledger.every_result()] == [reference(f"s{n}") for n in range(8)]
+
+
+@pytest.mark.parametrize("content", [b"noise" * 100, b"SQLite format 3\0" + bytes(4080)], ids=["strange", "damaged"])
+def test_what_is_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """Status 2, the remedy, and the file as it was."""
+    (tmp_path / "ledger.db").write_bytes(content)
+    assert main(["history", "verdicts", "--state", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "ledger.db").read_bytes() == content
 
 
 def test_json_lines_are_final_results(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

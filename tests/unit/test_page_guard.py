@@ -35,8 +35,16 @@ def test_a_foreign_name_for_this_machine_is_refused() -> None:
     assert open_page(base="http://[::1]:8080").get("/api/state").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["", "[", "[::1", "localhost.evil.example", "127.0.0.1.evil.example", "\xff"])
+def test_a_strange_host_name_is_refused_with_a_word(name: str) -> None:
+    """Whatever stands in the header, nothing breaks and nothing is told."""
+    answer = open_page().get("/api/state", headers={"Host": name.encode("latin-1")})
+    assert answer.status_code == 421
+
+
 @pytest.mark.parametrize(
-    "path", ["/", "/physicist", "/api/state", "/api/live", "/api/history", "/pictures/a/axial.png"]
+    "path",
+    ["/", "/physicist", "/api/state", "/api/live", "/api/history", "/export/alerts.csv", "/pictures/a/axial.png"],
 )
 def test_with_a_token_nothing_is_told_to_strangers(path: str) -> None:
     """Views lead to the login, data answers 401."""
@@ -115,6 +123,13 @@ def test_another_site_cannot_acknowledge(headers: dict[str, str]) -> None:
     assert post_ack(client, {**word, **headers}) == 403
     assert store.acknowledged == []
     assert post_ack(client, {"x-rescan-csrf": csrf, "sec-fetch-site": "same-origin"}) == 200
+
+
+@pytest.mark.parametrize("origin", ["http://[", "null", "http://evil.example", "\xff"])
+def test_a_strange_origin_is_refused_with_a_word(origin: str) -> None:
+    """A change whose origin cannot be read does not come from this page."""
+    answer = open_page().post("/api/scanners/mr1/score-now", headers={"Origin": origin.encode("latin-1")})
+    assert answer.status_code == 403
 
 
 def test_programs_may_use_the_token_as_bearer() -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from daemon import NOTICE
-from daemon.page.store import AckReason
+from daemon.alert import AckReason
 from tests.browser.client import PageClient
 from tests.browser.memory_store import MemoryStore, make_result
 from tests.browser.phantom import head_pictures
@@ -73,6 +73,42 @@ def test_an_acknowledgement_without_a_known_reason_is_refused(
     assert store.acknowledged == []
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"\xff\xfe", b"[" * 4000, b'{"a":' * 800, b'{"reason": NaN}', b"1" * 4000, b'{"reason": "\\ud800"}'],
+    ids=["empty", "cut", "not text", "deep list", "deep object", "not a number", "long number", "half a surrogate"],
+)
+def test_an_acknowledgement_that_is_no_json_is_refused(client: PageClient, store: MemoryStore, body: bytes) -> None:
+    """Whatever it is, the answer is a 400 with a word, and nothing is recorded."""
+    store.add(make_result("RESCAN"), 4, alert="raised")
+    csrf = client.get("/api/state").json()["csrf"]
+    answer = client.post("/api/alerts/alert-1/acknowledge", content=body, headers={"x-rescan-csrf": csrf})
+    assert answer.status_code == 400
+    assert "patient_cannot" in answer.text
+    assert store.acknowledged == []
+
+
+def test_a_verdict_can_be_asked_for_now(client: PageClient, store: MemoryStore) -> None:
+    """Of a scanner that there is."""
+    assert say(client, "/api/scanners/mr1/score-now", {})[0] == 200
+    assert store.asked == ["mr1"]
+    for name in ("mr9", "..", "a%2fb", "%00", "x" * 500):
+        assert say(client, f"/api/scanners/{name}/score-now", {})[0] == 404
+
+
+def test_tables_are_exported_with_the_filters_of_the_view(client: PageClient, store: MemoryStore) -> None:
+    """As a file to keep, never shown by the browser; another name is 404."""
+    for n, verdict in enumerate(["PASS", "RESCAN", "PASS"]):
+        store.add(make_result(verdict), n, at=float(n))
+    answer = client.get("/export/verdicts.csv?verdict=PASS")
+    assert answer.text == "result_id,verdict\nresult-1,PASS\nresult-3,PASS\n"
+    assert answer.headers["content-disposition"] == 'attachment; filename="rescan-verdicts.csv"'
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert answer.headers["cache-control"] == "no-store"
+    assert client.get("/export/ledger.csv").status_code == 404
+    assert client.get("/export/..%2fverdicts.csv").status_code == 404
+
+
 def test_an_alert_that_is_closed_or_unknown_cannot_be_acknowledged(client: PageClient, store: MemoryStore) -> None:
     """409 and 404, with the reason for the person."""
     store.add(make_result("RESCAN"), 4, alert="resolved")
@@ -134,7 +170,12 @@ def test_pictures_are_sent_and_never_kept_by_the_browser(client: PageClient, sto
         "none/axial.png",
         f"{entry.result_id}/pictures.json",
         f"{entry.result_id}/..%2f..%2fledger.db",
+        f"{entry.result_id}/..%2faxial.png",
+        f"{entry.result_id}/axial.png%00",
+        f"{entry.result_id}/%2e%2e/%2e%2e/site.key",
         "..%2f/axial.png",
+        "%2e%2e/axial.png",
+        ".%2f../axial.png",
     ):
         assert client.get(f"/pictures/{path}").status_code == 404
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from daemon import pictures
+from daemon.alert import AckReason
 from daemon.config import AlertMode, ScannerSettings, Settings
 from daemon.ledger import Ledger
-from daemon.page.store import AckReason, AlertClosed, HistoryQuery, NoSuchAlert, Phase, Progress
+from daemon.page.store import AlertClosed, HistoryQuery, NoSuchAlert, Phase, Progress
 from daemon.page_store import Board, Current, Store, pictures_folder
 from tests.event_builders import START, reference, result
 

@@ -34,6 +34,7 @@ const dayStart = (text) => new Date(`${text}T00:00:00`).getTime() / 1000;
 
 async function load() {
   const mine = ++asked;
+  for (const link of byId("export").querySelectorAll("a")) link.href = `/export/${link.dataset.table}.csv?${query()}`;
   const history = await get(`/api/history?${query()}`);
   if (!history || mine !== asked) return;
   metrics = history.metrics;

@@ -3,12 +3,14 @@
 
 import { byId, el, replace, setText, svg } from "./dom.js";
 import { Live } from "./live.js";
+import { adviceOf, affectedOf, alertLine, furtherReasons, headlineOf, isOpen, keepTogether, provenance, verdictOf } from "./sentences.js";
 import { Viewer } from "./viewer.js";
-import { ACKNOWLEDGE, ALERT_STATES, ARTEFACTS, VERDICTS, clock, duration, glyph, light, number, roomName, seriesName, sign, spell } from "./words.js";
+import { ACKNOWLEDGE, ALERT_STATES, clock, duration, glyph, light, number, roomName, seriesName, sign } from "./words.js";
 
 const LOOK_BACK_MS = 60000;
 const SETTLE_MS = 700;
 const LOOK_MS = 250;
+const ASK_AGAIN_MS = 10000;
 const PINNED = new URLSearchParams(location.search).get("scanner");
 
 let state = null;
@@ -19,14 +21,14 @@ let shownAlert = "";
 let settledAt = 0;
 let sending = false;
 let changing = "";
+let asked = "";
+let askedAt = 0;
 const displayed = new Set();
 const live = new Live((next) => {
   state = next;
   render();
 });
 
-const verdictOf = (entry) => VERDICTS[entry.result.shadow ? "SHADOW" : entry.result.verdict];
-const isOpen = (entry) => entry.alert?.state === "raised" && !entry.result.shadow;
 const openAlerts = (scanner) => scanner.exam.filter(isOpen);
 
 // --- what to show ------------------------------------------------------------------------------------------------------
@@ -61,6 +63,7 @@ const parts = {
   room: el("h1", { class: "room" }),
   doing: el("p", { class: "doing" }),
   bar: el("progress", { class: "bar-progress", max: 1 }),
+  scoreNow: el("button", { type: "button", class: "score-now", hidden: true, onclick: scoreNow }, "Score now"),
   back: el("button", { type: "button", class: "plain back", onclick: backToNow, hidden: true }, "Back to now"),
   light: el("div", { class: "light-box" }),
   word: el("p", { class: "word" }),
@@ -106,7 +109,7 @@ const focus = el(
   viewer.root,
 );
 const announce = el("p", { class: "sr", role: "alert" });
-replace(byId("now"), parts.room, el("div", { class: "now-doing" }, parts.doing, parts.bar));
+replace(byId("now"), parts.room, el("div", { class: "now-doing" }, parts.doing, parts.bar), parts.scoreNow);
 const panel = el(
   "section",
   { class: "panel", "aria-label": "Scanner" },
@@ -167,6 +170,7 @@ function renderNow(scanner) {
   const { progress } = scanner;
   setText(parts.room, roomName(scanner));
   parts.bar.hidden = !progress;
+  renderScoreNow(scanner);
   if (!progress) {
     setText(parts.doing, scanner.shadow ? "Shadow mode: results are recorded, not shown here" : "No series is being received");
     parts.doing.dataset.busy = "no";
@@ -179,6 +183,15 @@ function renderNow(scanner) {
   parts.bar.setAttribute("aria-label", `Progress of ${name}`);
   if (progress.phase === "judging" || !progress.expected) parts.bar.removeAttribute("value");
   else parts.bar.value = progress.instances / progress.expected;
+}
+
+// Whoever cannot wait for the last images may ask for the verdict on those that have come.
+function renderScoreNow({ progress, shadow }) {
+  const receiving = progress?.phase === "receiving" && !shadow;
+  if (!receiving || progress.series_ref !== asked || performance.now() - askedAt > ASK_AGAIN_MS) asked = "";
+  parts.scoreNow.hidden = !receiving;
+  parts.scoreNow.disabled = Boolean(asked) || !live.isLive;
+  setText(parts.scoreNow, asked ? "Asked" : "Score now");
 }
 
 function renderEntry(entry, scanner) {
@@ -240,56 +253,6 @@ function settle() {
 function allowAcknowledge() {
   const allowed = live.isLive && !sending && performance.now() >= settledAt;
   for (const button of ackButtons) button.disabled = !allowed;
-}
-
-function alertLine(alert) {
-  const words = ALERT_STATES[alert.state] ?? alert.state;
-  if (!alert.reason) return words;
-  const who = alert.by ? ` by ${alert.by}` : "";
-  const when = alert.acknowledged_at ? ` at ${clock(alert.acknowledged_at)}` : "";
-  const what = ACKNOWLEDGE[alert.reason]?.label ?? alert.reason;
-  return alert.state === "acknowledged" ? `${what} · acknowledged${who}${when}` : `${words} · ${what.toLowerCase()}${who}`;
-}
-
-function headlineOf(entry) {
-  const { result } = entry;
-  const worst = placeOf(entry);
-  if (result.verdict === "PASS") return "";
-  if (result.dominant_artefact) return [ARTEFACTS[result.dominant_artefact], worst].filter(Boolean).join(", ");
-  return result.reasons[0]?.text ?? "";
-}
-
-// A number stays on one line with its unit.
-const keepTogether = (text) => text.replace(/(\d) (?=min\b|s\b|mm\b|%)/g, "$1\u00a0").replace(/(min) (?=\d)/g, "$1\u00a0");
-
-function affectedOf(result) {
-  const share = result.scores.gm_affected_share;
-  return share === undefined ? "" : `${Math.round(100 * share)} % of grey matter affected`;
-}
-
-const placeOf = (entry) => entry.result.worst_slices?.[0]?.place ?? entry.pictures?.planes[0]?.place ?? "";
-
-// What to do, and what it costs where the header tells.
-function adviceOf(result) {
-  if (result.verdict === "PASS") return [];
-  const cost = result.verdict === "RESCAN" && result.series?.duration_s > 0 ? [`Repeating it takes ${spell(result.series.duration_s)}.`] : [];
-  return [...result.advice.map((each) => each.text), ...cost];
-}
-
-function furtherReasons(entry) {
-  const { result } = entry;
-  if (result.verdict === "PASS") return [];
-  const shown = headlineOf(entry);
-  const seen = new Set(["grey_matter_only", "dice_below_required", `artefact_${result.dominant_artefact}`]);
-  return result.reasons.filter((reason) => !seen.has(reason.code) && reason.text !== shown).map((reason) => reason.text);
-}
-
-function provenance(entry) {
-  const { result, alert } = entry;
-  const limits = alert?.not_concluded || result.reasons.find((reason) => reason.code === "grey_matter_only")?.text || "";
-  const model = result.model?.name ? `${result.model.name} ${result.model.version}` : "";
-  const rule = result.policy?.rule ? `rule ${result.policy.rule}` : "";
-  return [limits, [model, rule, `revision ${result.revision}`].filter(Boolean).join(" · ")].filter(Boolean).join(" ");
 }
 
 // Predicted Dice with its interval against the required one, on a scale that shows the end that matters.
@@ -378,6 +341,21 @@ async function acknowledge(reason) {
   }
 }
 
+async function scoreNow() {
+  const scanner = state.scanners.find((each) => each.slug === slug);
+  if (!scanner?.progress || !live.isLive) return;
+  asked = scanner.progress.series_ref;
+  askedAt = performance.now();
+  renderScoreNow(scanner);
+  try {
+    await live.post(`/api/scanners/${encodeURIComponent(scanner.slug)}/score-now`, {});
+    toast("Asked for the verdict on the images that have come");
+  } catch (error) {
+    asked = "";
+    toast(`Not asked. ${error.message}`);
+  }
+}
+
 let toastTimer = 0;
 function toast(text) {
   const node = byId("toast");
@@ -400,6 +378,7 @@ function tick() {
   }
   allowAcknowledge();
   const scanner = state.scanners.find((each) => each.slug === slug);
+  if (scanner) renderScoreNow(scanner);
   const entry = scanner?.exam.find((each) => each.result_id === focus.dataset.entry);
   if (!entry) return;
   const ended = entry.ended_at ?? entry.at;
