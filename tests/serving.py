@@ -55,6 +55,7 @@ class Lines:
                 self.all.append(line.rstrip("\n"))
                 self.changed.notify_all()
         with self.changed:
+            self.ended = self.ended or stream is self.stream
             self.changed.notify_all()
 
     def wait(
@@ -197,15 +198,28 @@ class Serving:
         return found
 
     def get(self, path: str, limit_s: float = 5.0) -> tuple[int, str]:
-        """Status and body of an HTTP path."""
+        """Status and body of an HTTP path that answers with text."""
+        status, body = self.get_bytes(path, limit_s)
+        return status, body.decode()
+
+    def get_bytes(self, path: str, limit_s: float = 5.0) -> tuple[int, bytes]:
+        """Status and body of an HTTP path: a picture, or anything else."""
+        url = f"http://127.0.0.1:{self.ports['http']}{path}"
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.ports['http']}{path}", timeout=patience(limit_s)
-            ) as answer:
-                return answer.status, answer.read().decode()
+            with urllib.request.urlopen(url, timeout=patience(limit_s)) as answer:
+                return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             with error:
-                return error.code, error.read().decode()
+                return error.code, error.read()
+
+    def picture(self, result_id: str, name: str, limit_s: float = LIMIT_S) -> bytes:
+        """One picture of a result, once it is drawn: the verdict is told first."""
+        deadline, pause = time.monotonic() + patience(limit_s), threading.Event()
+        while (answer := self.get_bytes(f"/pictures/{result_id}/{name}"))[0] != 200:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no picture {name}: the last answer was {answer[0]}")
+            pause.wait(0.1)
+        return answer[1]
 
     def metrics(self) -> dict[str, float]:
         """Name{labels} -> value."""

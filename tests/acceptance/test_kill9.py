@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 from pydicom.dataset import Dataset
-from pynetdicom import AE
 from pynetdicom.sop_class import MRImageStorage
 
 from daemon.spool import SpoolReader, StoredInstance
-from tests.pushing import head
+from tests.pushing import associate, head
 from tests.serving import Serving, patience
 
 SERIES = ("one", "two", "three")
@@ -36,10 +35,7 @@ class Sender:
     def run(self) -> None:
         deadline = time.monotonic() + patience(120)
         while self.left and time.monotonic() < deadline:
-            ae = AE("SCANNER")
-            ae.network_timeout = ae.acse_timeout = ae.dimse_timeout = patience(10)
-            ae.add_requested_context(MRImageStorage)
-            association = ae.associate("127.0.0.1", self.port(), ae_title="RESCAN")
+            association = associate(self.port(), [MRImageStorage], limit_s=10)
             while association.is_established and self.left:
                 try:
                     status = association.send_c_store(self.left[0])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from pydicom import dcmread
-from pynetdicom import AE
 from pynetdicom.sop_class import MRImageStorage
 
 from daemon.config import SHIPPED_MODEL
+from tests.pushing import associate
 from tests.serving import Listener, Serving, storescu
 
 pytestmark = [
@@ -99,11 +99,9 @@ def test_a_head_that_is_cut_off_never_passes(daemon: Serving, shared_data: Path,
 def test_one_association_per_image_gives_one_final_verdict(daemon: Serving, shared_data: Path, tmp_path: Path) -> None:
     """Some senders open an association for every image: one final result, at most one provisional."""
     folder = with_new_uids(philips(shared_data), tmp_path / "single", "61")
-    ae = AE("SINGLES")
-    ae.add_requested_context(MRImageStorage)
     with Listener(daemon.ports["events"]).connected() as listener:
         for file in sorted(folder.iterdir()):
-            association = ae.associate("127.0.0.1", daemon.ports["dicom"], ae_title="RESCAN")
+            association = associate(daemon.ports["dicom"], [MRImageStorage], calling="SINGLES")
             assert association.send_c_store(str(file)).Status == 0x0000
             association.release()
         listener.wait(lambda topic, body: topic.startswith("v1/score/") and body["data"]["final"])

@@ -42,22 +42,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, strict_student: Path) -> It
 
 def test_it_answers_at_once_and_is_ready_when_checked(daemon: Serving) -> None:
     """C-ECHO, livez and readyz."""
-    assert echo_as(daemon, "SCANNER") == 0x0000
+    assert echo(daemon.ports["dicom"], calling="SCANNER") == 0x0000
     assert daemon.get("/livez") == (200, "ok\n")
     assert daemon.get("/readyz") == (200, '{"ready":true,"reasons":[]}')
     assert daemon.get("/")[0] == 200
-
-
-def echo_as(daemon: Serving, calling: str) -> int:
-    from pynetdicom import AE
-
-    ae = AE(calling)
-    ae.add_requested_context("1.2.840.10008.1.1")
-    association = ae.associate("127.0.0.1", daemon.ports["dicom"], ae_title="RESCAN")
-    assert association.is_established
-    status = int(association.send_c_echo().Status)
-    association.release()
-    return status
 
 
 def test_the_ports_stand_in_the_file_and_in_the_log(daemon: Serving) -> None:
@@ -84,7 +72,7 @@ def test_a_pushed_series_becomes_results_an_alert_pictures_and_metrics(daemon: S
     assert sequences == list(range(sequences[0], sequences[0] + len(sequences)))
     line = next(f for f in daemon.results() if f["final"] == "true")
     assert (line["verdict"], line["series_ref"]) == ("RESCAN", final["series_ref"])
-    daemon.get(f"/pictures/{final['id']}/axial.png")
+    assert daemon.picture(final["id"], "axial.png").startswith(b"\x89PNG")
     after = daemon.metrics()
     for name in (
         "rescan_instances_received_total{scanner=mr1,status=stored}",

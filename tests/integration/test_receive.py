@@ -17,11 +17,11 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
-from pynetdicom import AE
 from pynetdicom.sop_class import CTImageStorage, MRImageStorage, Verification
 
 from daemon.config import DicomSettings, ScannerSettings, SpoolSettings
 from daemon.spool import AssociationEnded, StoredInstance
+from tests.pushing import associate
 from tests.receiving import (
     BIG_ENDIAN,
     EXPLICIT,
@@ -75,10 +75,8 @@ def test_bytes_are_kept_exactly_as_received(running: Running) -> None:
 
 def test_pynetdicom_echo_and_store(running: Running) -> None:
     """A pynetdicom sender verifies and stores an MR and a CT image."""
-    ae = AE()
-    for context in (Verification, MRImageStorage, CTImageStorage):
-        ae.add_requested_context(context, [ExplicitVRLittleEndian])
-    assoc = ae.associate("127.0.0.1", running.port)
+    classes = (Verification, MRImageStorage, CTImageStorage)
+    assoc = associate(running.port, classes, syntaxes=[ExplicitVRLittleEndian])
     assert assoc.is_established
     assert assoc.send_c_echo().Status == 0x0000
     for number, sop_class in enumerate([MRImageStorage, CTImageStorage]):
