@@ -148,14 +148,16 @@ def cascade_command(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from training.cascade import find_profile, run
+    from training.loop import processes, rank, wait_for_all
 
     profile = find_profile(args.profile)
     if args.likelihood:
         profile = replace(profile, likelihood=args.likelihood)
     bank = args.bank or args.out / "bank"
-    grow_bank(args.data, bank, args.profile)
     device = choose_device(args.device)
     start_processes(device)
+    grow_bank(args.data, bank, args.profile, rank(), processes())
+    wait_for_all()
     facts = {"profile": args.profile, "data": Path(args.data).name, "commit": commit(), "device": str(device)}
     weak = run(bank, args.out, profile, device, facts, args.only)
     for name in weak:

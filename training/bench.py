@@ -19,7 +19,8 @@ def bench(bank: Path, profile_name: str, device: torch.device) -> None:
     """Print steps per second, the share of data loading and the achieved GFLOP/s beside a measured matrix product."""
     profile = find_profile(profile_name)
     samples = Samples(bank, profile, device)
-    network = UNet(NetworkConfig(profile.widths, 1)).to(device, memory_format=torch.channels_last_3d)
+    network = UNet(NetworkConfig(profile.widths, 1)).to(device)
+    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer, loss = torch.optim.Adam(network.parameters(), 1e-4), task_loss(samples)
     loading = stepping = 0.0
     for step in range(STEPS + 2):
@@ -28,7 +29,7 @@ def bench(bank: Path, profile_name: str, device: torch.device) -> None:
         samples.draw(rng, samples.case(rng), [IMAGES.index("clean")], profile.crops[0])
         loaded = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss(step, profile.eps, network).total.backward()  # type: ignore[no-untyped-call]
+        loss(step, profile.eps, network).total.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from daemon.words import ARTEFACTS
 from training.augment import augment, draw_augmentation
 from training.bank import GREY, IMAGES, Case, list_cases, read_case
-from training.loop import Schedule, Stage, train
-from training.loss import Likelihood, Parts, combine
+from training.loop import Schedule, Stage, processes, rank, train
+from training.loss import Likelihood, Parts, combine, mean_parts
 from training.network import NetworkConfig, UNet, load_network, warm_start
 from training.pictures import network_sheet
 from training.validate import validate_student, validate_task, validate_teacher
@@ -32,9 +32,6 @@ FINE_TUNE = 0.5
 
 CLEAN_SHARE = 0.4
 """Of a teacher's images."""
-
-JOINT_SHARES = (0.12, 0.12, 0.2, 0.22, 0.34)
-"""How often each artefact is drawn for five teachers on one trunk: those that are harder to see more often."""
 
 TARGET_MAX = 20.0
 """Frozen networks' variances are cut here: twice the cross entropy of a voxel that is certainly wrong."""
@@ -82,9 +79,9 @@ class Profile:
 
 CPU = Profile(
     widths=(16, 24, 32, 64, 64),
-    crops=((64, 80, 64), (48, 64, 48), (48, 64, 64)),
-    steps=(1800, 600, 800),
-    joint_steps=1100,
+    crops=((64, 80, 64), (48, 64, 48), (48, 48, 48)),
+    steps=(1800, 150, 600),
+    joint_steps=2500,
     rate=2e-3,
     eps=0.05,
     segments=4,
@@ -258,24 +255,24 @@ class Sample:
         """(1, 1, d, h, w) network input."""
         return self.images[twin].clamp_min(0.0)[None, None]
 
-    def worse(self, rng: np.random.Generator) -> int:
-        """Of twins 1 and 2 the one further from twin 0, four times in five: most drawn severities are invisible."""
-        errors = (self.images[1:3] - self.images[:1]).abs().mean(dim=(1, 2, 3))
-        worse = 1 + int(errors.argmax())
-        return worse if rng.random() < 0.8 else 3 - worse
-
     def weight(self, twin: int) -> Tensor:
         """(1, d, h, w) float32: 1 inside the field of view."""
         return (self.images[twin] >= 0.0).float()[None]
 
 
 class Samples:
-    """Crops from a bank; what a step sees depends on the step number alone, so a resumed run sees the same."""
+    """Crops from a bank; what a step sees depends on its number (and process) alone, so a resumed run sees the same."""
 
     def __init__(self, bank: Path, profile: Profile, device: torch.device) -> None:
         self.folder, self.profile, self.device = bank / "train", profile, device
         self.validation = [read_case(p) for p in list_cases(bank / "val")[: profile.validation_cases]]
         self.cases: list[Case] = []
+        self.errors: dict[Path, list[float]] = {}
+
+    def rng(self, *key: int) -> np.random.Generator:
+        """Draws of one step, whose number comes last in the key; each of several processes has its own."""
+        *kind, step = key
+        return np.random.default_rng((*kind, step * processes() + rank()))
 
     def case(self, rng: np.random.Generator) -> Case:
         """Any case of the bank; looks for new ones now and then while it grows."""
@@ -285,6 +282,18 @@ class Samples:
         if not self.cases:
             raise ValueError(f"{self.folder}: holds no case yet; run rescan-train bank first")
         return self.cases[int(rng.integers(len(self.cases)))]
+
+    def visible(self, rng: np.random.Generator, case: Case, artefact: str) -> int:
+        """Of the two draws of an artefact the one further from the clean image, four times in five.
+
+        Most drawn severities are invisible, and an artefact nobody sees teaches little.
+        """
+        if case.folder not in self.errors:
+            clean = np.asarray(case.images[0][::2, ::2, ::2], dtype=np.float32)
+            self.errors[case.folder] = [float(np.abs(i[::2, ::2, ::2] - clean).mean()) for i in case.images]
+        errors, pair = self.errors[case.folder], [IMAGES.index(f"{artefact}_{d}") for d in "ab"]
+        worse = int(errors[pair[1]] > errors[pair[0]])
+        return pair[worse if rng.random() < 0.8 else 1 - worse]
 
     def draw(self, rng: np.random.Generator, case: Case, twins: Sequence[int], crop: Shape) -> Sample:
         """The same crop of several images of one case, augmented alike."""
@@ -330,7 +339,7 @@ def task_loss(samples: Samples) -> Any:
     """Eq. 4 on a clean image."""
 
     def loss(step: int, eps: float, network: Any) -> Parts:
-        rng = np.random.default_rng((1, step))
+        rng = samples.rng(1, step)
         sample = samples.draw(rng, samples.case(rng), [IMAGES.index("clean")], samples.profile.crops[0])
         logits, log_variance = samples.forward(network, sample.image(0))
         return combine(logits, log_variance, sample.labels, sample.weight(0), None, eps, samples.profile.likelihood)
@@ -342,11 +351,11 @@ def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
     """Eq. 6: some of the images are clean; the frozen task network sees the clean twin (S2)."""
 
     def loss(step: int, eps: float, network: Any) -> Parts:
-        rng = np.random.default_rng((2, ARTEFACTS.index(artefact), step))
+        rng = samples.rng(2, ARTEFACTS.index(artefact), step)
         case = samples.case(rng)
-        twins = [IMAGES.index("clean"), IMAGES.index(f"{artefact}_a"), IMAGES.index(f"{artefact}_b")]
+        twins = [IMAGES.index("clean"), samples.visible(rng, case, artefact)]
         sample = samples.draw(rng, case, twins, samples.profile.crops[1])
-        seen = 0 if rng.random() < CLEAN_SHARE else sample.worse(rng)
+        seen = int(rng.random() >= CLEAN_SHARE)
         logits, log_variance = samples.forward(network, sample.image(seen))
         target, form = samples.variance(task, sample.image(0)), samples.profile.likelihood
         clean = samples.clean_ce(network, sample) if seen and form == "faithful" else None
@@ -356,25 +365,28 @@ def teacher_loss(samples: Samples, artefact: str, task: UNet) -> Any:
 
 
 def joint_loss(samples: Samples, task: UNet) -> Any:
-    """Eq. 6 for five teachers on one trunk: one artefact or none per image; the variances of the absent are zero."""
+    """Eq. 6 for five teachers on one trunk: the same crop clean and with each artefact; absent ones have no variance.
+
+    All of them in one step: what the artefacts have in common cancels, and the step is about what tells them apart. With
+    one artefact a step, noise and spike were not told apart in 4,000 steps (docs/decisions/0011).
+    """
 
     def loss(step: int, eps: float, network: Any) -> Parts:
-        rng = np.random.default_rng((4, step))
-        case, own = samples.case(rng), int(rng.choice(len(ARTEFACTS), p=JOINT_SHARES))
-        twins = [0, IMAGES.index(f"{ARTEFACTS[own]}_a"), IMAGES.index(f"{ARTEFACTS[own]}_b")]
+        rng = samples.rng(4, step)
+        case, form = samples.case(rng), samples.profile.likelihood
+        twins = [0, *(samples.visible(rng, case, a) for a in ARTEFACTS)]
         sample = samples.draw(rng, case, twins, samples.profile.crops[2])
-        seen = 0 if rng.random() < CLEAN_SHARE / 2 else sample.worse(rng)
-        logits, log_variance = samples.forward(network, sample.image(seen))
+        logits, log_variance = samples.forward(network, sample.images.clamp_min(0.0)[:, None])
         target = samples.variance(task, sample.image(0))
         targets = torch.cat([target, *[torch.zeros_like(target)] * len(ARTEFACTS)], 1)
-        channels = torch.ones(targets.shape[1], device=samples.device)
-        if seen:
-            channels[1 + own] = 0.0
-        form, left = samples.profile.likelihood, 1 + own if seen else None
-        clean = samples.clean_ce(network, sample) if seen and form == "faithful" else None
-        return combine(
-            logits, log_variance, sample.labels, sample.weight(seen), targets, eps, form, channels, left, clean
-        )
+        clean = F.cross_entropy(logits[:1].detach(), sample.labels, reduction="none")
+        parts = []
+        for i in range(len(twins)):
+            channels, own = torch.ones(targets.shape[1], device=samples.device), i or None
+            channels[1:] = (torch.arange(1, len(twins)) != i).float()
+            image = (logits[i : i + 1], log_variance[i : i + 1], sample.labels, sample.weight(i))
+            parts.append(combine(*image, targets, eps, form, channels, own, clean))
+        return mean_parts(parts)
 
     return loss
 
@@ -382,54 +394,42 @@ def joint_loss(samples: Samples, task: UNet) -> Any:
 def student_loss(samples: Samples, task: UNet, teachers: Sequence[UNet]) -> Any:
     """The student sees any artefacts together; teacher i sees the same head with only artefact i, same draw (S3).
 
-    Of the teachers whose artefact is absent (they see the clean twin) one is drawn per step and counts for all of them:
-    the same loss on average for a third of the work.
+    One crop a step: clean, with three of the artefacts, and with several at once. A teacher whose artefact is absent from
+    an image sees the clean twin.
     """
 
     def loss(step: int, eps: float, network: Any) -> Parts:
-        rng = np.random.default_rng((3, step))
-        case, seen = samples.case(rng), _student_image(rng)
-        present = case.present[seen]
-        draws = "b" if IMAGES[seen].endswith("_b") and not IMAGES[seen].startswith("composite") else "a"
-        singles = [IMAGES.index(f"{a}_{draws}") if present[i] else 0 for i, a in enumerate(ARTEFACTS)]
-        sample = samples.draw(rng, case, [seen, 0, *singles], samples.profile.crops[2])
-        logits, log_variance = samples.forward(network, sample.image(0))
-        weights = _teacher_weights(rng, present)
-        targets = [samples.variance(task, sample.image(1))]
-        for i, teacher in enumerate(teachers):
-            heard = weights[i] > 0.0
-            targets.append(
-                samples.variance(teacher, sample.image(2 + i))[:, 1:2] if heard else torch.zeros_like(targets[0])
-            )
-        channels = torch.tensor([1.0, *weights], device=samples.device)
-        return combine(
-            logits,
-            log_variance,
-            sample.labels,
-            sample.weight(0),
-            torch.cat(targets, 1),
-            eps,
-            samples.profile.likelihood,
-            channels,
-        )
+        rng = samples.rng(3, step)
+        case, form = samples.case(rng), samples.profile.likelihood
+        seen = _student_images(rng, samples, case)
+        heard = [[_single(image, i) if case.present[image][i] else 0 for i in range(len(ARTEFACTS))] for image in seen]
+        twins = sorted({0, *seen, *(t for row in heard for t in row)})
+        sample = samples.draw(rng, case, twins, samples.profile.crops[2])
+        at = twins.index
+        stack = sample.images[[at(image) for image in seen]]
+        logits, log_variance = samples.forward(network, stack.clamp_min(0.0)[:, None])
+        target = samples.variance(task, sample.image(0))
+        said = {
+            (i, t): samples.variance(teachers[i], sample.image(at(t)))[:, 1:2]
+            for i, t in sorted({(i, t) for row in heard for i, t in enumerate(row)})
+        }
+        parts = []
+        for n, image in enumerate(seen):
+            targets = torch.cat([target, *(said[i, t] for i, t in enumerate(heard[n]))], 1)
+            outputs = (logits[n : n + 1], log_variance[n : n + 1])
+            parts.append(combine(*outputs, sample.labels, sample.weight(at(image)), targets, eps, form))
+        return mean_parts(parts)
 
     return loss
 
 
-def _teacher_weights(rng: np.random.Generator, present: Any) -> list[float]:
-    """1 for each teacher whose artefact is present; of the others one, drawn, stands for all."""
-    absent = [i for i, p in enumerate(present) if not p]
-    weights = [1.0 if p else 0.0 for p in present]
-    if absent:
-        weights[absent[int(rng.integers(len(absent)))]] = float(len(absent))
-    return weights
+def _student_images(rng: np.random.Generator, samples: Samples, case: Case) -> list[int]:
+    """Which images the student sees in one step: clean, three artefacts alone, one image with several."""
+    alone = [samples.visible(rng, case, ARTEFACTS[i]) for i in rng.permutation(len(ARTEFACTS))[:3]]
+    return [0, *alone, IMAGES.index(f"composite_{'ab'[int(rng.integers(2))]}")]
 
 
-def _student_image(rng: np.random.Generator) -> int:
-    """Which image the student sees: a fifth clean, 55 % one artefact, a quarter several."""
-    kind = rng.random()
-    if kind < 0.20:
-        return 0
-    if kind < 0.75:
-        return int(rng.integers(1, 11))
-    return int(rng.integers(11, len(IMAGES)))
+def _single(image: int, artefact: int) -> int:
+    """The image that holds one of an image's artefacts alone, in the same draw; composites share the first."""
+    draws = "b" if IMAGES[image].endswith("_b") and not IMAGES[image].startswith("composite") else "a"
+    return IMAGES.index(f"{ARTEFACTS[artefact]}_{draws}")

@@ -106,9 +106,13 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
     optimizer = torch.optim.Adam(network.parameters(), lr=stage.schedule.rate, betas=(0.9, 0.99))
     first = _resume(state_file, network, optimizer)
     model = DistributedDataParallel(network) if torch.distributed.is_initialized() else network
-    meter, saved = Meter(stage, out, first), time.monotonic()
+    # Of several processes the first one watches, validates and writes; the others only step.
+    meter = Meter(stage, out, first) if rank() == 0 else None
+    saved = time.monotonic()
     for step in range(first, stage.schedule.steps):
         parts = _step(stage, step, model, optimizer)
+        if meter is None:
+            continue
         meter.add(parts)
         if (step + 1) % validate_every == 0 or step + 1 == stage.schedule.steps:
             network.eval()
@@ -118,18 +122,37 @@ def train(stage: Stage, out: Path, device: torch.device, validate_every: int, fa
         if time.monotonic() - saved > CHECKPOINT_EVERY_S:
             _save_state(state_file, network, optimizer, step + 1)
             saved = time.monotonic()
-    last = {
-        **facts,
-        "stage": stage.name,
-        "steps": stage.schedule.steps,
-        "validation": meter.last,
-        "hours": meter.hours(),
-    }
+    if meter is not None:
+        _finish(stage, network, meter, done, facts)
+        state_file.unlink(missing_ok=True)
+    wait_for_all()
+    last = torch.load(done, map_location="cpu", weights_only=True)
+    return {k: v for k, v in last.items() if k not in ("config", "weights")}
+
+
+def rank() -> int:
+    """Number of this process among those that train together; 0 alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Until every process is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _finish(stage: Stage, network: UNet, meter: Meter, done: Path, facts: dict[str, Any]) -> None:
+    """Write the stage's checkpoint, and say so when it did not meet its own criterion."""
+    steps = stage.schedule.steps
+    last = {**facts, "stage": stage.name, "steps": steps, "validation": meter.last, "hours": meter.hours()}
     save_network(network.cpu(), done, **last)
-    state_file.unlink(missing_ok=True)
     if not meter.last.get("converged", 1.0):
         log.warning("%s: NOT CONVERGED by its own criterion: %s", stage.name, meter.last)
-    return last
 
 
 def _step(stage: Stage, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Parts:

@@ -6,7 +6,8 @@ weight (N, D, H, W) float32, 0 outside the field of view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -45,6 +46,11 @@ class Parts:
     likelihood: Tensor
     consistency: Tensor
     weight_p99: Tensor
+
+
+def mean_parts(parts: Sequence[Parts]) -> Parts:
+    """The mean over several images of each number."""
+    return Parts(*(torch.stack([getattr(p, f.name) for p in parts]).mean() for f in fields(Parts)))
 
 
 def masked_mean(values: Tensor, weight: Tensor) -> Tensor:
