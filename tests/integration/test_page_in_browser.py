@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from daemon.alert import AckReason
 from daemon.page.guard import Access
 from daemon.page.store import Phase, Progress
 from tests.browser.browsing import CONSOLE, PHONE, WIDE, Sight, launched, served
@@ -314,6 +316,82 @@ def test_the_physicist_filters_compares_and_opens(
     page.wait_for_selector("#detail", state="hidden")
     page.click("text=Clear")
     page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 12")
+
+
+@pytest.mark.parametrize("how", ["keyboard", "touch"])
+def test_a_person_who_cannot_wait_asks_for_the_verdict_now(
+    browser: Any, store: MemoryStore, address: str, how: str
+) -> None:
+    """While a series comes: one button, large enough for a finger; it asks once, and is gone with the series."""
+    sight = Sight(browser, PHONE if how == "touch" else CONSOLE, has_touch=how == "touch")
+    page = sight.open(address)
+    assert not page.is_visible(".score-now")
+    store.receive("mr1", Progress(Phase.RECEIVING, "s", 7, 88, 176, time.time()))
+    page.wait_for_selector(".score-now:enabled")
+    box = page.eval_on_selector(".score-now", "b => b.getBoundingClientRect()")
+    assert min(box["width"], box["height"]) >= 44
+    if how == "touch":
+        page.tap(".score-now")
+    else:
+        for _ in range(8):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.className") == "score-now":
+                break
+        page.keyboard.press("Enter")
+    page.wait_for_selector(".score-now:has-text('Asked')")
+    page.wait_for_selector("#toast:has-text('Asked for the verdict')")
+    assert store.asked == ["mr1"]
+    store.receive("mr1", Progress(Phase.RECEIVING, "s", 7, 90, 176, time.time()))
+    page.wait_for_selector("text=90 of 176")
+    assert page.is_disabled(".score-now"), "asked once for this series"
+    store.receive("mr1", Progress(Phase.JUDGING, "s", 7, 90, 176, time.time()))
+    page.wait_for_selector(".score-now", state="hidden")
+    store.receive("mr1", Progress(Phase.RECEIVING, "t", 8, 1, 176, time.time()))
+    page.wait_for_selector(".score-now:enabled")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert sight.errors == []
+    sight.close()
+
+
+def test_nothing_that_is_told_becomes_markup(sight: Sight, store: MemoryStore, address: str) -> None:
+    """Whatever a header, a configuration or a person writes is shown as it is, in both views; no script runs."""
+    bad = "<img src=x onerror=window.broken=1><script>window.broken=1</script>{{notice}}"
+    told = {"code": bad, "text": bad}
+    result = make_result("RESCAN", reasons=[told], advice=[told], dominant_artefact=None, series_ref=bad)
+    result |= {"model": {"name": bad, "version": bad, "sha256": bad}, "policy": {"rule": bad, "calibration": bad}}
+    result |= {"evidence": {bad: bad}, "worst_slices": [{"plane": "axial", "place": bad}]}
+    entry = store.add(result, 7, alert="raised", not_concluded=bad)
+    store.put("mr1", room=bad)
+    store.acknowledge(entry.alert.alert_id, AckReason.WRONG, bad)
+    store.reasons = [bad]
+    page = sight.open(address)
+    page.wait_for_selector("#notready:not([hidden])")
+    assert bad in page.inner_text(".room")
+    assert bad in page.inner_text(".advice")
+    page.goto(f"{address}/physicist")
+    page.click(".open-detail")
+    page.wait_for_selector("#detail[open]")
+    assert bad in page.inner_text("#detail")
+    assert page.evaluate("window.broken") is None
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_the_history_is_exported_as_it_is_filtered(sight: Sight, store: MemoryStore, address: str) -> None:
+    """The links carry the filters; the browser saves a file."""
+    for n, verdict in enumerate(["PASS", "RESCAN", "PASS"]):
+        store.add(make_result(verdict), n, at=time.time() - n)
+    page = sight.open(f"{address}/physicist")
+    page.wait_for_selector(".open-detail")
+    page.select_option("[name=verdict]", "PASS")
+    page.wait_for_function("() => document.querySelectorAll('tbody tr').length === 2")
+    with page.expect_download() as download:
+        page.click("#export >> text=Verdicts")
+    assert download.value.suggested_filename == "rescan-verdicts.csv"
+    assert Path(download.value.path()).read_text().splitlines() == [
+        "result_id,verdict",
+        "result-3,PASS",
+        "result-1,PASS",
+    ]
 
 
 def test_a_token_opens_the_page_once(browser: Any, store: MemoryStore) -> None:

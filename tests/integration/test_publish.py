@@ -176,7 +176,7 @@ def test_a_long_replay_comes_in_pages(ledger: Ledger, ask: Asker) -> None:
     count = REPLAY_EVENTS + 3
     with ledger._transaction() as db:
         for n in range(count):
-            ledger._append(db, "series", time.time(), {"n": n}, "mr1")
+            ledger._changes(db).append("series", time.time(), {"n": n}, "mr1")
     first = ask(op="REPLAY", stream="series", **{"from": 1})
     assert first["more"]
     second = ask(op="REPLAY", stream="series", **{"from": len(first["events"]) + 1})
@@ -235,15 +235,20 @@ def test_an_acknowledgement_is_answered_and_published(
         (b'{"op": "REPLAY", "stream": "alert", "from": "1"}', "BAD_REQUEST"),
         (b'{"op": "REPLAY", "stream": "alert", "from": 1e400}', "BAD_REQUEST"),
         (b'{"op": "REPLAY", "stream": "alert", "from": 99999999999999999999999}', "BAD_REQUEST"),
-        (b'{"op": "ACK"}', "NO_SUCH_ALERT"),
+        (b'{"op": "ACK", "alert_id": "x", "reason": "wrong", "by": "x"}', "NO_SUCH_ALERT"),
+        (b'{"op": "ACK"}', "BAD_REQUEST"),
+        (b'{"op": "ACK", "alert_id": "x", "reason": ["wrong"], "by": "x"}', "BAD_REQUEST"),
+        (b'{"op": "ACK", "alert_id": "x", "reason": "wrong", "by": null}', "BAD_REQUEST"),
+        (b'{"op": "ACK", "alert_id": "\\ud800", "reason": "wrong", "by": "x"}', "BAD_REQUEST"),
+        (b'{"op": "ACK", "alert_id": "x", "reason": "\\ud800", "by": "x"}', "BAD_REQUEST"),
+        (b'{"op": "ACK", "alert_id": "x", "reason": "wrong", "by": "\\ud800"}', "NO_SUCH_ALERT"),
+        (b'{"op": "ACK", "alert_id": "\' OR 1=1 --", "reason": "wrong", "by": "x"}', "NO_SUCH_ALERT"),
         (b'{"op": "ACK", "alert_id": 5, "reason": "wrong", "by": "x"}', "BAD_REQUEST"),
         (b'{"op": "ACK", "alert_id": "x", "reason": "no", "by": "x"}', "BAD_REQUEST"),
     ],
 )
 def test_nonsense_is_answered_with_a_word(ask: Asker, raw: bytes, error: str) -> None:
     """Every request has its answer, one JSON object, and the publisher lives on."""
-    if error == "NO_SUCH_ALERT":
-        raw = b'{"op": "ACK", "alert_id": "x", "reason": "wrong", "by": "x"}'
     assert ask(raw)["error"] == error
     assert ask(op="PING")["op"] == "PING"
 
@@ -253,6 +258,49 @@ def test_what_a_request_is_marked_with_comes_back(ask: Asker) -> None:
     assert ask(op="PING", request="abc")["request"] == "abc"
     assert ask(op="NONSENSE", request=7)["request"] == 7
     assert "request" not in ask(op="PING", request={"a": 1})
+    assert "request" not in ask(op="PING", request="x" * 1000)
+    assert ask(b'{"op": "PING", "request": "\\ud800"}')["request"] == "\ud800"
+
+
+def test_a_message_that_is_too_large_ends_the_connection_and_nothing_else(
+    publisher: Publisher, context: Sockets, ask: Asker
+) -> None:
+    """Beyond 64 KiB the peer is cut off; many small frames are not answered; others are."""
+    for frames in ([b"x" * 1_000_000], [b""] * 5000):
+        dealer = context.socket(zmq.DEALER)
+        dealer.connect(f"tcp://127.0.0.1:{publisher.replay_port}")
+        dealer.send_multipart(frames)
+        assert ask(op="PING")["op"] == "PING"
+        assert dealer.poll(100) == 0
+
+
+def test_who_floods_the_replay_socket_and_reads_nothing_silences_nobody(
+    publisher: Publisher, ledger: Ledger, context: Sockets, ask: Asker
+) -> None:
+    """Heartbeats and others' answers come in between; what is kept for the one who does not read is limited."""
+    for number in range(40):
+        ledger.record(result(f"s{number}"))
+    flood = context.socket(zmq.DEALER)
+    flood.setsockopt(zmq.RCVHWM, 1)
+    flood.connect(f"tcp://127.0.0.1:{publisher.replay_port}")
+    sub = subscriber(publisher, context, b"v1/heartbeat/")
+    for _ in range(500):
+        flood.send(b'{"op": "REPLAY", "stream": "score", "from": 1}')
+    assert until(sub, b"v1/heartbeat/")
+    assert ask(op="PING")["op"] == "PING"
+    assert publisher.alive()
+
+
+def test_a_thousand_topics_of_one_subscriber_are_not_remembered_one_by_one(
+    publisher: Publisher, ledger: Ledger, context: Sockets
+) -> None:
+    """Its subscriptions are heard, and the open alert reaches it all the same."""
+    ledger.record(result("a"))
+    sub = subscriber(publisher, context)
+    for number in range(3000):
+        sub.subscribe(f"v1/alert/nowhere{number}/")
+    sub.subscribe("v1/alert/mr1/")
+    assert until(sub, b"v1/alert/mr1/")["data"]["state"] == "raised"
 
 
 def test_subscriptions_and_requests_are_counted(publisher: Publisher, context: Sockets, ask: Asker) -> None:
