@@ -150,6 +150,7 @@ BEGINNINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "alert_feedback_total": {"verdict": ("rescanning", "acceptable", "patient_cannot", "wrong")},
     "last_slice_to_verdict_seconds": {},
     "last_slice_to_alert_seconds": {},
+    "alert_ack_seconds": {},
     "inference_errors_total": {"reason": ("scorer_crashed", "scorer_failed")},
     "header_errors_total": {"reason": ("bad_header",)},
     "process_restarts_total": {"process": ("receiver", "reader", "scorer")},
