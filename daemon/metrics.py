@@ -151,6 +151,7 @@ BEGINNINGS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "last_slice_to_verdict_seconds": {},
     "last_slice_to_alert_seconds": {},
     "alert_ack_seconds": {},
+    "alert_display_seconds": {},
     "inference_errors_total": {"reason": ("scorer_crashed", "scorer_failed")},
     "header_errors_total": {"reason": ("bad_header",)},
     "process_restarts_total": {"process": ("receiver", "reader", "scorer")},
