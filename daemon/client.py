@@ -1,7 +1,6 @@
 """The reference client: every event handled at least once and in order, through restarts of either side and full queues.
 
-It subscribes first and asks for what it missed second. Each stream follows a table (state, input) -> (state, action); the
-position is written down after an event was handled, never before. Whoever handles events must expect one to come twice
+It subscribes first and asks for what it missed second. Each stream follows the table of `daemon/follow.py`; the position is written down after an event was handled, never before. Whoever handles events must expect one to come twice
 after a crash, and knows it by its `id`. Copy it to other languages freely.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,9 +19,12 @@ from typing import Any
 
 import zmq
 
-from daemon.config import ConfigError
 from daemon.events import HEARTBEAT_TOPIC, STREAMS, subscription_of
+from daemon.follow import FOLLOW, Action, Follow, Heard, hear_answer, hear_beat, hear_event
 from daemon.keys import Pair
+from daemon.positions import ClientError, Positions
+
+__all__ = ["Client", "ClientError", "Counts", "Endpoints", "Positions", "Start", "ask"]
 
 STALE_AFTER_S = 5.0
 """Silence after which the client says STALE: two heartbeats and a half; a person is told within 6 s."""
@@ -40,206 +41,6 @@ REOPEN_S = 10.0
 
 MAX_TURN_MESSAGES = 500
 """Messages taken between two looks at requests and positions."""
-
-POSITION_VERSION = 1
-
-
-class ClientError(ConfigError):
-    """A client that cannot go on; the message is one line with the remedy."""
-
-
-# --- One stream: a table ----------------------------------------------------------------------------------------------
-
-
-class Follow(StrEnum):
-    """Where a stream stands."""
-
-    LOST = "lost"
-    """Nothing was heard yet: not even the epoch is certain."""
-    CATCHING_UP = "catching_up"
-    """A replay was asked for."""
-    LIVE = "live"
-    """Everything that the log holds was handled."""
-
-
-class Heard(StrEnum):
-    """What can be heard of a stream."""
-
-    OLD = "old"
-    """A live event that was handled before."""
-    NEXT = "next"
-    """The live event that follows."""
-    AHEAD = "ahead"
-    """A live event beyond a gap."""
-    BEAT_EVEN = "beat_even"
-    """A heartbeat that knows no more than we do."""
-    BEAT_AHEAD = "beat_ahead"
-    """A heartbeat that knows of later events."""
-    BEAT_BEHIND = "beat_behind"
-    """A heartbeat that knows less than we do: it was waiting in a queue, or the log was put back."""
-    OTHER_EPOCH = "other_epoch"
-    """The log is another one."""
-    PAGE_MORE = "page_more"
-    """An answer to a replay, with more to come."""
-    PAGE_LAST = "page_last"
-    """An answer to a replay that ends where the log ends."""
-    WENT_BACK = "went_back"
-    """An answer that shows that the log ends before our position: it was put back from a backup."""
-    GONE = "gone"
-    """What we asked for was removed by retention."""
-    NO_ANSWER = "no_answer"
-    """A replay was not answered in time."""
-
-
-class Action(StrEnum):
-    """What to do then."""
-
-    NOTHING = "nothing"
-    HANDLE = "handle"
-    """Handle the event, or those of the page in order, and move the position."""
-    ASK = "ask"
-    """Ask for a replay from the position on."""
-    HANDLE_AND_ASK = "handle_and_ask"
-    RESTART = "restart"
-    """Forget the position, take the epoch that was heard, ask from the first event."""
-    SKIP = "skip"
-    """Say that events are lost, move to the first one that is left, ask."""
-
-
-_ASK = (Follow.CATCHING_UP, Action.ASK)
-_RESTART = (Follow.CATCHING_UP, Action.RESTART)
-
-FOLLOW: Mapping[Follow, Mapping[Heard, tuple[Follow, Action]]] = {
-    # Not knowing the end of the log, it asks at the first word of any kind.
-    Follow.LOST: {
-        Heard.OLD: _ASK,
-        Heard.NEXT: (Follow.CATCHING_UP, Action.HANDLE_AND_ASK),
-        Heard.AHEAD: _ASK,
-        Heard.BEAT_EVEN: (Follow.LIVE, Action.NOTHING),
-        Heard.BEAT_AHEAD: _ASK,
-        Heard.BEAT_BEHIND: _ASK,
-        Heard.OTHER_EPOCH: _RESTART,
-        Heard.PAGE_MORE: (Follow.LOST, Action.NOTHING),
-        Heard.PAGE_LAST: (Follow.LOST, Action.NOTHING),
-        Heard.WENT_BACK: (Follow.LOST, Action.NOTHING),
-        Heard.GONE: (Follow.LOST, Action.NOTHING),
-        Heard.NO_ANSWER: (Follow.LOST, Action.NOTHING),
-    },
-    Follow.CATCHING_UP: {
-        Heard.OLD: (Follow.CATCHING_UP, Action.NOTHING),
-        Heard.NEXT: (Follow.CATCHING_UP, Action.HANDLE),
-        Heard.AHEAD: (Follow.CATCHING_UP, Action.NOTHING),
-        Heard.BEAT_EVEN: (Follow.CATCHING_UP, Action.NOTHING),
-        Heard.BEAT_AHEAD: (Follow.CATCHING_UP, Action.NOTHING),
-        Heard.BEAT_BEHIND: (Follow.CATCHING_UP, Action.NOTHING),
-        Heard.OTHER_EPOCH: _RESTART,
-        Heard.PAGE_MORE: (Follow.CATCHING_UP, Action.HANDLE_AND_ASK),
-        Heard.PAGE_LAST: (Follow.LIVE, Action.HANDLE),
-        Heard.WENT_BACK: _RESTART,
-        Heard.GONE: (Follow.CATCHING_UP, Action.SKIP),
-        Heard.NO_ANSWER: _ASK,
-    },
-    Follow.LIVE: {
-        Heard.OLD: (Follow.LIVE, Action.NOTHING),
-        Heard.NEXT: (Follow.LIVE, Action.HANDLE),
-        Heard.AHEAD: _ASK,
-        Heard.BEAT_EVEN: (Follow.LIVE, Action.NOTHING),
-        Heard.BEAT_AHEAD: _ASK,
-        Heard.BEAT_BEHIND: _ASK,
-        Heard.OTHER_EPOCH: _RESTART,
-        Heard.PAGE_MORE: (Follow.LIVE, Action.NOTHING),
-        Heard.PAGE_LAST: (Follow.LIVE, Action.NOTHING),
-        Heard.WENT_BACK: (Follow.LIVE, Action.NOTHING),
-        Heard.GONE: (Follow.LIVE, Action.NOTHING),
-        Heard.NO_ANSWER: (Follow.LIVE, Action.NOTHING),
-    },
-}
-
-
-def hear_event(position: int, sequence: int) -> Heard:
-    """What a live event is to a stream whose last handled event is `position`."""
-    if sequence <= position:
-        return Heard.OLD
-    return Heard.NEXT if sequence == position + 1 else Heard.AHEAD
-
-
-def hear_beat(position: int, last: int) -> Heard:
-    """What a heartbeat is to a stream."""
-    if last == position:
-        return Heard.BEAT_EVEN
-    return Heard.BEAT_AHEAD if last > position else Heard.BEAT_BEHIND
-
-
-def hear_answer(position: int, answer: Mapping[str, Any]) -> Heard | None:
-    """What an answer to REPLAY is to a stream; None where it is none (an error that asking again may mend)."""
-    if answer.get("error") == "GONE":
-        return Heard.GONE
-    if "events" not in answer:
-        return None
-    if answer["last"] < position:
-        return Heard.WENT_BACK
-    return Heard.PAGE_MORE if answer["more"] else Heard.PAGE_LAST
-
-
-# --- Positions --------------------------------------------------------------------------------------------------------
-
-
-class Positions:
-    """The last handled sequence of each stream, in memory and, if asked, in a file that a crash leaves whole."""
-
-    def __init__(self, file: Path | None, streams: Iterable[str]) -> None:
-        """Read the file if it is there.
-
-        Raises:
-            ClientError: it holds something else.
-        """
-        self.file = file
-        self.epoch: str | None = None
-        self.past: set[str] = set()
-        self.last = dict.fromkeys(streams, 0)
-        self._dirty = False
-        if file is not None and file.exists():
-            self._read(file)
-
-    def handled(self, stream: str, sequence: int) -> None:
-        """An event was handled."""
-        self.last[stream] = sequence
-        self._dirty = True
-
-    def restart(self, epoch: str) -> None:
-        """The log is another one: every stream begins anew."""
-        if self.epoch is not None and self.epoch != epoch:
-            self.past.add(self.epoch)
-        self.epoch = epoch
-        self.last = dict.fromkeys(self.last, 0)
-        self._dirty = True
-
-    def save(self) -> None:
-        """Write the file if anything has changed: whole, synced, then in place of the old one."""
-        if self.file is None or not self._dirty:
-            return
-        fresh = self.file.with_name(f".{self.file.name}.part")
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"version": POSITION_VERSION, "epoch": self.epoch, "last": self.last}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.file)
-        self._dirty = False
-
-    def _read(self, file: Path) -> None:
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["version"] != POSITION_VERSION:
-                raise ValueError(found["version"])
-            self.epoch = found["epoch"]
-            self.last |= {name: int(found["last"][name]) for name in self.last if name in found["last"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ClientError(
-                f"{file}: not a position written by this version; remove it to handle the whole log again"
-            ) from None
-
-
-# --- The client -------------------------------------------------------------------------------------------------------
 
 
 class Start(StrEnum):
@@ -474,14 +275,8 @@ class Client:
 
     def _take_answer(self, frames: list[bytes]) -> None:
         answer = _decode(frames[-1])
-        stream = next(
-            (
-                s
-                for s in self._streams.values()
-                if answer is not None and s.tag is not None and s.tag == answer.get("request")
-            ),
-            None,
-        )
+        tag = None if answer is None else answer.get("request")
+        stream = next((s for s in self._streams.values() if s.tag is not None and s.tag == tag), None)
         if stream is None or answer is None:
             return
         self._heard_at, self._heard = self._clock(), True
@@ -493,7 +288,6 @@ class Client:
         heard = hear_answer(self.positions.last[stream.name], answer)
         if heard is None:
             return  # asked again when the time for the answer is over
-        tag = stream.tag
         if heard is Heard.GONE:
             self._skip(stream, answer["first"])
         self._hear(stream, heard, answer.get("events", []))

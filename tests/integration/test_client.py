@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from daemon import client as client_module
-from daemon.client import Client, ClientError, Endpoints, Follow, Start, ask
+from daemon.client import Client, ClientError, Endpoints, Start, ask
 from daemon.config import EventsSettings
+from daemon.follow import Follow
 from daemon.keys import KeyStore, Role, new_pair
 from daemon.ledger import Ledger
 from daemon.publish import Publisher

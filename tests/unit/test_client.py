@@ -10,19 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from daemon.client import (
-    FOLLOW,
-    Action,
-    Client,
-    ClientError,
-    Endpoints,
-    Follow,
-    Heard,
-    Positions,
-    hear_answer,
-    hear_beat,
-    hear_event,
-)
+from daemon.client import Client, ClientError, Endpoints, Positions
+from daemon.follow import FOLLOW, Action, Follow, Heard, hear_answer, hear_beat, hear_event
 from daemon.keys import Pair
 
 EXPECTED = """

@@ -13,9 +13,9 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 
-from daemon.client import Heard, hear_answer, hear_beat, hear_event
 from daemon.events import STREAMS, body_of, heartbeat_body, subscription_of, timestamp, topic_of
 from daemon.flow import Served, make_result
+from daemon.follow import Heard, hear_answer, hear_beat, hear_event
 from daemon.ledger import Ledger
 from daemon.result import TIMINGS, Identity
 from daemon.score import SCORES, Scores, WorstSlice
