@@ -7,6 +7,7 @@
 #   make bench         speed, as ratios measured side by side
 #   make screenshots   pictures of the page, in screenshots-out/ (needs Chromium)
 #   make serve         run the daemon on this machine's loopback
+#   make sbom          software bill of materials of what the lock installs (CycloneDX), rescan-cpu.cdx.json or rescan-gpu.cdx.json
 #   make locks         pin the dependencies again (after a change of pyproject.toml)
 #   make clean         remove .venv and what tools left behind
 #
@@ -27,7 +28,7 @@ STAMP := .venv/.rescan-$(ENGINE)
 OTHER_RUNTIME := $(if $(filter gpu,$(ENGINE)),onnxruntime,onnxruntime-gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-daemon check bench screenshots serve locks clean
+.PHONY: help demo test test-daemon check bench screenshots serve sbom locks clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,6 +59,11 @@ bench: $(STAMP)-dev
 
 screenshots: $(STAMP)-dev
 	@$(BIN)/python -m tests.browser.screenshots screenshots-out
+
+sbom: $(STAMP)-dev
+	@$(BIN)/cyclonedx-py requirements locks/$(ENGINE).txt --pyproject pyproject.toml --of JSON --validate \
+	    --output-reproducible -o rescan-$(ENGINE).cdx.json 2>/dev/null
+	@echo "rescan-$(ENGINE).cdx.json"
 
 locks:
 	@.ci/lock
