@@ -22,6 +22,10 @@ from daemon.words import Reason, Verdict
 MIN_DOMINANT_SCORE = 0.25
 """Comparable score below which no artefact is named: a third of the strength of a typical visible one."""
 
+MAX_GM_AT_EDGE_CM2 = 4.0
+"""More grey matter than this in the outermost planes: the brain goes on beyond them. A whole head has none there; one that is
+cut 8 mm into the brain has 5 or more, on whichever side."""
+
 GM_ONLY = Reason(
     "grey_matter_only",
     "Only grey matter is judged: artefacts elsewhere in the image (skull, neck, white matter alone) are not.",
@@ -162,6 +166,12 @@ def judge(
         reason = Reason(
             "not_a_head",
             "Hardly any grey matter was found, and no artefact that would explain it.",
+        )
+        return Judgement(Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level)
+    if verdict is Verdict.PASS and scores.gates.get("gm_at_edge_cm2", 0.0) > MAX_GM_AT_EDGE_CM2:
+        reason = Reason(
+            "partial_coverage",
+            "Grey matter reaches the edge of the image: part of the brain may lie outside the field of view.",
         )
         return Judgement(Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level)
     dominant = dominant_artefact(scores)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from daemon.coverage import VERTEX_SECTION_CM2, Body, check_whole
 from daemon.words import Array, Refusal, Volume
 
 SPACING_MM = 2.0
@@ -23,9 +24,6 @@ BUCKETS = ((96, 112, 96), (112, 128, 112))
 
 COARSE_MM = 4.0
 ABOVE_VERTEX_MM = 10.0
-UPPER_HEAD_MM = 90.0
-"""Depth below the vertex that is free of nose and chin: the box is centred on this part."""
-
 TISSUE_ML = 250.0
 """The intensity that this much of the box exceeds becomes 1.0: near fat and white matter in a T1 head."""
 
@@ -37,12 +35,6 @@ MIN_HEAD_ML, MAX_HEAD_ML = 1600.0, 9000.0
 """A brain without its head has 1000 to 1600 ml; a head under the worst spike of the paper still shows 1700 ml."""
 
 MIN_WIDTH_MM, MIN_LENGTH_MM = 90.0, 110.0
-MIN_BELOW_VERTEX_MM = 115.0
-"""A brain reaches about 120 to 150 mm below the vertex; less than this is a head only partly there."""
-
-MAX_VERTEX_CUT_CM2 = 45.0
-"""A head that still has this section in the topmost slice has lost its vertex."""
-
 OFF_HALF = 0.3
 """Added before rounding down to whole voxels: fields of view often start at half a voxel, where rounding would tip over."""
 
@@ -357,15 +349,14 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
     volume_ml = float(head.mask.sum()) * cell_ml
     if not MIN_HEAD_ML <= volume_ml <= MAX_HEAD_ML:
         raise Refusal("not_a_head", f"The brightest body measures {volume_ml:.0f} ml; a head has 2000 to 6000 ml.")
-    section_cm2 = head.mask.sum(axis=(0, 1)) * head.cell_mm[0] * head.cell_mm[1] / 100.0
-    tops = np.flatnonzero(section_cm2 > 15.0)
+    body = Body(head.mask, head.cell_mm, start)
+    tops = np.flatnonzero(body.sections_cm2() > VERTEX_SECTION_CM2)
     if tops.size == 0:
         raise Refusal("not_a_head", "No section of the brightest body is as wide as a head.")
     top = int(tops[-1])
     fov_end = canonical.start_mm[2] + canonical.voxels.shape[2] * canonical.spacing_mm[2]
     vertex_mm = min(start[2] + (top + 1) * head.cell_mm[2], fov_end)
-    _check_coverage(section_cm2, top, vertex_mm - canonical.start_mm[2])
-    upper = head.mask[:, :, max(0, top + 1 - int(UPPER_HEAD_MM / head.cell_mm[2])) : top + 1]
+    upper = body.upper(top)
     centre, extent = np.zeros(2), np.zeros(2)
     for axis in (0, 1):
         low, high = _span(upper.sum(axis=tuple(a for a in range(3) if a != axis)))
@@ -373,6 +364,7 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
         extent[axis] = (high - low) * head.cell_mm[axis]
     if extent[0] < MIN_WIDTH_MM or extent[1] < MIN_LENGTH_MM:
         raise Refusal("not_a_head", f"The body is {extent[0]:.0f} by {extent[1]:.0f} mm; no head is that small.")
+    check_whole(body, top, canonical.voxels, canonical.spacing_mm, canonical.start_mm)
     shape = next((b for b in BUCKETS if extent[0] <= b[0] * SPACING_MM and extent[1] <= b[1] * SPACING_MM), BUCKETS[-1])
     low_edge = (
         centre[0] - 0.5 * shape[0] * SPACING_MM,
@@ -382,15 +374,6 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
     steps = np.floor((np.array(low_edge) - canonical.start_mm) / canonical.spacing_mm + OFF_HALF)
     snapped = canonical.start_mm + canonical.spacing_mm * steps
     return Box((float(snapped[0]), float(snapped[1]), float(snapped[2])), shape)
-
-
-def _check_coverage(section_cm2: NDArray[np.float64], top: int, below_vertex_mm: float) -> None:
-    # The last cell may hold only one voxel of the field of view, hence the section one below counts too.
-    cut = min(section_cm2[-1], section_cm2[-2]) if len(section_cm2) > 1 else section_cm2[-1]
-    if top >= len(section_cm2) - 2 and cut > MAX_VERTEX_CUT_CM2:
-        raise Refusal("partial_coverage", "The top of the head lies outside the field of view.")
-    if below_vertex_mm < MIN_BELOW_VERTEX_MM:
-        raise Refusal("partial_coverage", f"Only the upper {below_vertex_mm:.0f} mm of the head were acquired.")
 
 
 def _span(profile: NDArray[np.int64]) -> tuple[int, int]:

@@ -36,6 +36,9 @@ RING_PROBABILITY = 0.05
 """White matter is looked for within 4 mm of grey matter, where grey matter is improbable."""
 
 MIN_RING_ML = 20.0
+EDGE_PLANES = 2
+"""The outermost plane of cells may lie half outside the field of view."""
+
 MIN_SLICE_SHARE = 0.1
 """A slice needs this share of the largest slice's region to be named the worst."""
 
@@ -453,6 +456,7 @@ def gate_features(reduced: Reduced, prepared: Prepared) -> dict[str, float]:
         gm_below_vertex_mm: top of the head to top of the grey matter; gm_off_centre_mm: left-right distance of the centres;
         gm_level: mean intensity of grey matter (1.0 is bright tissue);
         bright_share: share of its surroundings that is brighter; bright_ratio: how much brighter;
+        gm_at_edge_cm2: grey matter in the outermost acquired planes, where it is most;
         head_q10, head_q25, head_q50, head_q75, head_q90: intensity quantiles of the head; air_level: mean outside it.
         What has no ground (no grey matter) is 0.
     """
@@ -474,8 +478,24 @@ def gate_features(reduced: Reduced, prepared: Prepared) -> dict[str, float]:
         "gm_level": level,
         "bright_share": reduced.bright_cells / max(reduced.ring_cells, 1.0),
         "bright_ratio": bright / level if level > 0 else 0.0,
+        "gm_at_edge_cm2": gm_at_edge_cm2(reduced, prepared),
         **_intensity_features(prepared),
     }
+
+
+def gm_at_edge_cm2(reduced: Reduced, prepared: Prepared) -> float:
+    """Area of predicted grey matter where the acquired field of view ends, at the side where it is largest.
+
+    Mean of the two outermost planes of cells that hold signal; planes of zeros are padding, not field of view.
+    """
+    held = prepared.native_mask & (prepared.image > 0.0)
+    areas = []
+    for axis, profile in enumerate(reduced.profiles):
+        planes = np.flatnonzero(held.any(axis=tuple(a for a in range(3) if a != axis)))
+        if planes.size >= EDGE_PLANES:
+            gm = profile[PROFILES.index("gm")]
+            areas += [gm[planes[:EDGE_PLANES]].mean(), gm[planes[-EDGE_PLANES:]].mean()]
+    return float(max(areas, default=0.0)) * SPACING_MM**2 / 100.0
 
 
 def _check_maps(maps: Maps, prepared: Prepared) -> None:

@@ -84,10 +84,11 @@ def test_what_is_no_head_cannot_be_judged(daemon: Serving, shared_data: Path, na
         assert not [topic for topic, _ in listener.messages if topic.startswith("v1/alert/")]
 
 
-def test_a_head_that_is_cut_off_never_passes(daemon: Serving, shared_data: Path, tmp_path: Path) -> None:
-    """60 % of the slices, released cleanly: no result, provisional or final, is PASS."""
+@pytest.mark.parametrize("share", [0.6, 0.77])
+def test_a_head_that_is_cut_off_never_passes(daemon: Serving, shared_data: Path, tmp_path: Path, share: float) -> None:
+    """60 and 77 % of the slices, released cleanly, no count announced: no result, provisional or final, is PASS."""
     files = by_position(philips(shared_data))
-    folder = with_new_uids(files[: int(0.6 * len(files))], tmp_path / "cut", "60")
+    folder = with_new_uids(files[: int(share * len(files))], tmp_path / "cut", f"60.{round(100 * share)}")
     with Listener(daemon.ports["events"]).connected() as listener:
         assert storescu(folder, daemon.ports["dicom"]).returncode == 0
         listener.wait(lambda topic, body: topic.startswith("v1/score/") and body["data"]["final"])
