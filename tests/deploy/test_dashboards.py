@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import yaml
 import zmq
 
+from daemon.metrics import METRICS
 from tests.conftest import ROOT
 from tests.deploy.watching import Prometheus
 from tests.pushing import head, push
@@ -55,19 +57,17 @@ def filled(query: str) -> str:
 
 
 def acknowledge(port: int, alert_id: str) -> None:
-    with zmq.Context() as context, context.socket(zmq.REQ) as socket:
-        socket.linger = 0
-        socket.connect(f"tcp://127.0.0.1:{port}")
-        socket.send_json({"op": "ACK", "alert_id": alert_id, "reason": "rescanning", "by": "KL"})
-        assert socket.poll(int(1000 * patience(20)))
-        assert "error" not in socket.recv_json()
+    with zmq.Context() as context, context.socket(zmq.REQ) as asking:
+        asking.linger = 0
+        asking.connect(f"tcp://127.0.0.1:{port}")
+        asking.send_json({"op": "ACK", "alert_id": alert_id, "reason": "rescanning", "by": "KL"})
+        assert asking.poll(int(1000 * patience(20)))
+        assert "error" not in asking.recv_json()
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory, strict_student: Path) -> Iterator[tuple[Serving, Prometheus]]:
     """Two series, an alert that is answered and a refusal, all seen by Prometheus as they happen."""
-    import socket
-
     folder = tmp_path_factory.mktemp("watched")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -146,8 +146,6 @@ def test_dashboards_are_provisioned_soundly() -> None:
 
 def test_every_metric_is_on_a_dashboard_or_in_a_rule() -> None:
     """A metric that nobody looks at is a cost without use."""
-    from daemon.metrics import METRICS
-
     shown = " ".join(query for _, query in targets()) + (ROOT / "deploy/prometheus/rules.yml").read_text(
         encoding="utf-8"
     )
