@@ -21,6 +21,7 @@ from daemon.config import CompletenessSettings, Settings
 from daemon.geometry import Geometry, first_volume, measure
 from daemon.header import MAX_FRAMES, MULTI_FRAME, SUPPORTED, Frame, Header
 from daemon.reasons import REASONS
+from daemon.series_pack import Packed, pack, unpack
 from daemon.spool import AssociationEnded, StoredInstance
 from daemon.words import Reason, Refusal
 
@@ -231,6 +232,9 @@ LATE_LIMIT_S = 20.0
 FORGET_S = 24 * 3600.0
 """A stack is forgotten so long after its last image, when its bytes may have left the spool. The ledger still knows its results."""
 
+PACK_AGAIN_S = 60.0
+"""Copies of a judged series that come so long after one another each get its images out anew."""
+
 GAP_FACTOR = 3.0
 """Adaptive quiet time: silence means something only when it is this many times the longest pause within the stack."""
 
@@ -356,11 +360,17 @@ class _Open:
     ended_at: float = 0.0
     count: _Count | None = None
     tried: set[Event] = field(default_factory=set)
-    told: frozenset[str] | None = None
+    told: bytes | None = None
     told_final: bool = False
     scheduled: float | None = None
     names: list[tuple[object, ...]] = field(default_factory=list)
     twins: tuple[object, ...] | None = None
+    packed: Packed | None = None
+
+    @property
+    def planes(self) -> int:
+        """How many planes it holds, at hand or packed."""
+        return self.packed.planes if self.packed is not None else len(self.held)
 
 
 class Assembly:
@@ -408,6 +418,7 @@ class Assembly:
             self._take_unreadable(stored, header.reason, now)
             return []
         group = _group(stored.scanner, header)
+        self._unpack(group, now)
         known = self._of_instance.get((group, header.sop_instance_uid))
         if known is not None and known[0] == stored.sha256:
             self.duplicates += 1
@@ -466,13 +477,15 @@ class Assembly:
     def open_stacks(self) -> list[tuple[str, str, str, State, int]]:
         """Key, SeriesInstanceUID, scanner, state and number of images of every stack that is not final."""
         return [
-            (s.key, s.series_uid, s.scanner, s.state, len(s.held))
+            (s.key, s.series_uid, s.scanner, s.state, s.planes)
             for s in self._stacks.values()
             if s.state is not State.FINAL
         ]
 
     def all_stacks(self) -> list[Stack]:
         """Every stack as it stands, in the order in which they opened."""
+        for group in self._groups:
+            self._unpack(group, 0.0)
         return [self._build(stack) for stack in self._stacks.values()]
 
     # --- placing images ---------------------------------------------------------------------------------------------
@@ -536,6 +549,7 @@ class Assembly:
         """Instances without a readable header, kept together by their association."""
         header = Header(series_uid=f"unreadable {stored.association}", sop_instance_uid=stored.sop_instance_uid)
         group = (stored.scanner, "", header.series_uid)
+        self._unpack(group, now)
         if (group, header.sop_instance_uid) in self._of_instance:
             self.duplicates += 1
             return
@@ -613,6 +627,7 @@ class Assembly:
             actions += self._happen(stack, event)
         if stack.key in self._stacks:
             self._schedule(stack)
+            self._pack(stack.group)
         return actions
 
     def _happen(self, stack: _Open, event: Event) -> list[Action]:
@@ -631,7 +646,7 @@ class Assembly:
 
     def _tell(self, stack: _Open, built: Stack, final: bool, why: Complete) -> list[Action]:
         """Say it, unless the very same was said before; other images than in a final verdict are the next revision."""
-        content = frozenset(stored.sha256 for stored in built.instances)
+        content = hashlib.sha256("".join(sorted(stored.sha256 for stored in built.instances)).encode()).digest()
         if content == stack.told and (stack.told_final or not final):
             return []
         if stack.told_final:
@@ -730,7 +745,7 @@ class Assembly:
         own = _preference(stack.header.frames[0])
         return any(
             _preference(other.header.frames[0]) > own
-            and len(other.held) >= len(stack.held)
+            and other.planes >= stack.planes
             and _agree(other.features, stack.features)
             for other in self._twins[stack.twins]
         )
@@ -745,6 +760,40 @@ class Assembly:
         if stack.count is None or volumes > 1:
             return None, None
         return planes + max(stack.count.expected - len(stack.count.uids), 0), "ImagesInAcquisition"
+
+    # --- what is judged, out of the way ---------------------------------------------------------------------------------
+
+    def _pack(self, group: Group) -> None:
+        """Put the images of a series away once all its stacks are final; whatever comes next gets them out again."""
+        stacks = self._groups[group]
+        if any(stack.state is not State.FINAL or stack.packed is not None for stack in stacks):
+            return
+        for stack in stacks:
+            counted = stack.count.uids if stack.count is not None else ()
+            stack.packed = pack(((uid, n, held.stored, held.facts) for (uid, n), held in stack.held.items()), counted)
+            for sop_instance_uid, _ in stack.held:
+                self._of_instance.pop((group, sop_instance_uid), None)
+        for stack in stacks:
+            stack.held = {}
+            if stack.count is not None:
+                stack.count.uids = set()
+
+    def _unpack(self, group: Group, now: float) -> None:
+        """Get the images of a series back, to compare them with what comes."""
+        for stack in self._groups.get(group, ()):
+            if stack.packed is None:
+                continue
+            planes, counted = unpack(stack.packed)
+            stack.packed = None
+            if stack.count is not None:
+                stack.count.uids.update(counted)
+            for uid, number, stored, facts in planes:
+                stack.held[uid, number] = _Held(stored, number, facts)
+                _, stacks = self._of_instance.setdefault((group, uid), (stored.sha256, []))
+                if not stacks or stacks[-1] is not stack:
+                    stacks.append(stack)
+            stack.scheduled = now + PACK_AGAIN_S
+            heapq.heappush(self._heap, (stack.scheduled, next(self._numbers), stack.key))
 
     def _forget(self, stack: _Open) -> None:
         """Drop all traces of a stack."""
