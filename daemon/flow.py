@@ -235,7 +235,7 @@ class Flow:
     running: Job | None = None
     new_exams: list[NewExam] = field(default_factory=list)
     arriving: dict[str, Arriving] = field(default_factory=dict)
-    _recent: deque[tuple[float, int]] = field(default_factory=deque)
+    _recent: deque[tuple[float, float, int]] = field(default_factory=deque)
     _by_position: dict[int, _Waiting] = field(default_factory=dict)
     _outcomes: OrderedDict[tuple[str, str], Scored] = field(default_factory=OrderedDict)
     _asked: dict[str, Action] = field(default_factory=dict)
@@ -270,7 +270,7 @@ class Flow:
         ):
             waiting = self.waiting.popleft()
             self._at = at = self._time_of(waiting.record, now)
-            self._recent.append((at, waiting.record.position))
+            self._note_time(at, waiting.record.position)
             self._ask(self.assembly.on_time(at))
             self._ask(self._apply_one(waiting, at))
         yield from self._act(now)
@@ -306,11 +306,18 @@ class Flow:
         settled = now - self.settings.completeness.max_open_s - SETTLE_S
         judged = 0
         while self._recent and self._recent[0][0] < settled:
-            judged = self._recent.popleft()[1]
+            judged = self._recent.popleft()[2]
         self._settled = max(self._settled, judged)
         held = [stored.position for job in self._jobs_in_hand() for stored in job.stack.instances]
         held += [waiting.record.position for waiting in list(self.waiting)[:1]]
         return min([self._settled + 1, *held])
+
+    def _note_time(self, at: float, position: int) -> None:
+        """Remember when a record was applied, once a second."""
+        if self._recent and at - self._recent[-1][1] < 1.0:
+            self._recent.append((at, self._recent.pop()[1], position))
+        else:
+            self._recent.append((at, at, position))
 
     def _jobs_in_hand(self) -> list[Job]:
         return [*self.queue.values(), *([self.running] if self.running else [])]
