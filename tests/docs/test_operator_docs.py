@@ -10,6 +10,7 @@ from daemon.config import describe
 from daemon.log import Event
 from daemon.metrics import METRICS
 from tests.conftest import ROOT
+from tests.docs.reference_page import page
 
 DOCS = ROOT / "docs"
 HAZARDS = (DOCS / "hazards.md").read_text(encoding="utf-8")
@@ -96,3 +97,8 @@ def test_errors_that_the_runbook_quotes_are_said_by_the_program() -> None:
     ):
         assert quoted in PAGES["runbook"], quoted
         assert quoted in code, quoted
+
+
+def test_the_page_of_names_is_the_current_one() -> None:
+    """`python -m tests.docs.reference_page > docs/reference.md` after a change of commands, metrics, reasons or log events."""
+    assert (DOCS / "reference.md").read_text(encoding="utf-8") == page()
