@@ -93,11 +93,25 @@ class Album:
         sight.close()
 
 
+def armed(page: Any) -> None:
+    """Wait until a new alert's buttons may be pressed."""
+    page.wait_for_selector(".ack:enabled")
+
+
+def acknowledge(page: Any) -> None:
+    """Press the first button and wait until it is written down."""
+    page.click(".ack-rescanning:enabled")
+    page.wait_for_selector(".acknowledged:visible")
+
+
 def take_all(album: Album, good: Pictures, bad: Pictures) -> None:
     """Every state of both views."""
     store = MemoryStore("mr1")
     with served(store) as address:
         album.take("1-waiting", address)
+        store.receive("mr1", Progress(Phase.RECEIVING, "s", 2, 31, 176, time.time()))
+        album.take("1-receiving-phone", address, PHONE)
+        store.receive("mr1", None)
         fill(store, good, bad)
         store.receive("mr1", Progress(Phase.RECEIVING, "s", 5, 96, 176, time.time()))
         album.take("2-review-receiving", address)
@@ -106,10 +120,10 @@ def take_all(album: Album, good: Pictures, bad: Pictures) -> None:
         store.add(make_result("CANNOT_JUDGE"), 6)
         album.take("4-cannot-judge", address)
         store.add(make_result("RESCAN", final=False), 7, "raised", bad)
-        album.take("5-rescan", address)
-        album.take("5-rescan-wide", address, WIDE)
-        album.take("5-rescan-phone", address, PHONE, full=True)
-        album.take("6-acknowledged", address, act=lambda page: page.click(".ack-rescanning:enabled"))
+        album.take("5-rescan", address, act=armed)
+        album.take("5-rescan-wide", address, WIDE, armed)
+        album.take("5-rescan-phone", address, PHONE, armed, full=True)
+        album.take("6-acknowledged", address, act=acknowledge)
         album.take("7-physicist", f"{address}/physicist", DESK)
         album.take("8-result", f"{address}/physicist", DESK, lambda page: page.click(".open-detail >> nth=0"))
         store.age_s = 9.0
@@ -124,7 +138,7 @@ def take_all(album: Album, good: Pictures, bad: Pictures) -> None:
         several.add(make_result("PASS", "mr3"), 2, "", good)
         several.add(make_result("RESCAN", "mr2"), 7, "raised", bad)
         several.receive("mr1", Progress(Phase.JUDGING, "s", 5, 176, 176, time.time()))
-        album.take("10-three-scanners", address)
+        album.take("10-three-scanners", address, act=armed)
 
 
 def main() -> None:

@@ -5,10 +5,18 @@ import { ACKNOWLEDGE, ALERT_STATES, ARTEFACTS, VERDICTS, clock, spell } from "./
 export const verdictOf = (entry) => VERDICTS[entry.result.shadow ? "SHADOW" : entry.result.verdict];
 export const isOpen = (entry) => entry.alert?.state === "raised" && !entry.result.shadow;
 
+// What stands for a person who gave no initials.
+const NOBODY = "page";
+
+export function doingOf(progress) {
+  const name = progress.series_number === null ? "a series" : `series ${progress.series_number}`;
+  return `${progress.phase === "judging" ? "Judging" : "Receiving"} ${name}`;
+}
+
 export function alertLine(alert) {
   const words = ALERT_STATES[alert.state] ?? alert.state;
   if (!alert.reason) return words;
-  const who = alert.by ? ` by ${alert.by}` : "";
+  const who = alert.by && alert.by !== NOBODY ? ` by ${alert.by}` : "";
   const when = alert.acknowledged_at ? ` at ${clock(alert.acknowledged_at)}` : "";
   const what = ACKNOWLEDGE[alert.reason]?.label ?? alert.reason;
   return alert.state === "acknowledged" ? `${what} · acknowledged${who}${when}` : `${words} · ${what.toLowerCase()}${who}`;

@@ -3,7 +3,7 @@
 
 import { byId, el, replace, setText, svg } from "./dom.js";
 import { Live } from "./live.js";
-import { adviceOf, affectedOf, alertLine, furtherReasons, headlineOf, isOpen, keepTogether, provenance, verdictOf } from "./sentences.js";
+import { adviceOf, affectedOf, alertLine, doingOf, furtherReasons, headlineOf, isOpen, keepTogether, provenance, verdictOf } from "./sentences.js";
 import { Viewer } from "./viewer.js";
 import { ACKNOWLEDGE, ALERT_STATES, clock, duration, glyph, light, number, roomName, seriesName, sign } from "./words.js";
 
@@ -90,7 +90,8 @@ const ackBox = el(
   el("div", { class: "ack-grid" }, ackButtons),
 );
 const ackDone = el("div", { class: "acknowledged", hidden: true }, parts.acknowledged, parts.change);
-const idle = el("div", { class: "idle", hidden: true }, el("p", { class: "idle-word" }, "Waiting for a series"), el("p", { class: "hint" }, "The verdict appears here seconds after the last image."));
+const idleWord = el("p", { class: "idle-word" });
+const idle = el("div", { class: "idle", hidden: true }, idleWord, el("p", { class: "hint" }, "The verdict appears here seconds after the last image."));
 const focus = el(
   "article",
   { class: "focus" },
@@ -162,7 +163,7 @@ function tile(scanner) {
     "button",
     { type: "button", class: `tile tone-${tone}`, "data-slug": scanner.slug, "data-open": open ? "yes" : "no", "aria-pressed": scanner.slug === slug, onclick: () => chooseScanner(scanner.slug) },
     entry ? sign(tone) : el("span", { class: "sign-none", "aria-hidden": "true" }),
-    el("span", { class: "tile-text" }, el("span", { class: "tile-room" }, roomName(scanner)), el("strong", { class: "tile-word" }, scanner.progress ? `${word} · receiving` : word)),
+    el("span", { class: "tile-text" }, el("span", { class: "tile-room" }, roomName(scanner)), el("strong", { class: "tile-word" }, scanner.progress ? `${word} · ${scanner.progress.phase}` : word)),
   );
 }
 
@@ -171,16 +172,16 @@ function renderNow(scanner) {
   setText(parts.room, roomName(scanner));
   parts.bar.hidden = !progress;
   renderScoreNow(scanner);
+  setText(idleWord, progress ? doingOf(progress) : "Waiting for a series");
   if (!progress) {
     setText(parts.doing, scanner.shadow ? "Shadow mode: results are recorded, not shown here" : "No series is being received");
     parts.doing.dataset.busy = "no";
     return;
   }
-  const name = progress.series_number === null ? "a series" : `series ${progress.series_number}`;
   const count = progress.expected ? `${progress.instances} of ${progress.expected}` : `${progress.instances} images`;
-  setText(parts.doing, progress.phase === "judging" ? `Judging ${name}` : `Receiving ${name} · ${count}`);
+  setText(parts.doing, progress.phase === "judging" ? doingOf(progress) : `${doingOf(progress)} · ${count}`);
   parts.doing.dataset.busy = "yes";
-  parts.bar.setAttribute("aria-label", `Progress of ${name}`);
+  parts.bar.setAttribute("aria-label", doingOf(progress));
   if (progress.phase === "judging" || !progress.expected) parts.bar.removeAttribute("value");
   else parts.bar.value = progress.instances / progress.expected;
 }
@@ -292,7 +293,7 @@ function examItem(entry, isShown) {
       "button",
       { type: "button", class: `exam-item tone-${verdict.tone}`, "data-key": entry.result.stack_ref, "aria-pressed": isShown, "data-open": isOpen(entry) ? "yes" : "no", onclick: () => chooseEntry(entry) },
       sign(verdict.tone),
-      el("span", { class: "exam-text" }, el("span", { class: "exam-name" }, `${seriesName(entry)} · ${clock(entry.at)}`), el("strong", {}, verdict.word), badge ? el("span", { class: "exam-badge" }, badge) : null),
+      el("span", { class: "exam-text" }, el("span", { class: "exam-name" }, `${seriesName(entry)} · ${clock(entry.at)}`), el("span", { class: "exam-word" }, el("strong", {}, verdict.word), badge ? el("span", { class: "exam-badge" }, badge) : null)),
     ),
   );
 }
