@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ SEGMENT_AGE_S = 3600.0
 """A segment that holds something is sealed after this time, so that retention can remove it on a quiet site."""
 
 INDEXED_INSTANCES = 100_000
-"""Duplicates are known among so many latest instances (about 40 MB); an older one is stored again: no harm."""
+"""Duplicates are known among so many latest instances (about 20 MB); an older one is stored again: no harm."""
 
 IMPLEMENTATION_CLASS_UID = "2.25.68075793166747366948640677038784754122"
 """Who wrote the file meta information and answers associations (PS3.7 D.3.3.2); made once from a random UUID."""
@@ -59,6 +59,7 @@ _FILE_HEAD = struct.Struct("<8sQQ32s")
 _RECORD_HEAD = struct.Struct("<4sHHQQ")
 _CHECK_BYTES = 16
 _COUNTER = struct.Struct("<Q")
+_PLACE = struct.Struct("<QQ")
 _ZEROS = bytes(1 << 20)
 _OPEN_FILES = 8
 _PREPARED_STEP = 8 << 20
@@ -375,13 +376,14 @@ class _Open:
     opened_at: float
 
 
-@dataclass
+@dataclass(slots=True)
 class _Batch:
     """Records appended since the last sync began; one sync decides over all of them."""
 
     last: int = 0  # position of the last record; 0 while empty
     done: bool = False
     error: OSError | None = None
+    known: dict[bytes, _Known] = field(default_factory=dict)  # its instances, until the sync decides over them
 
 
 @dataclass(frozen=True)
@@ -395,14 +397,26 @@ class _Place:
     batch: _Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Known:
-    """What the index of duplicates holds of an instance; the rest is read from its record when needed."""
+    """What is known of an instance to find its duplicates; the rest is read from its record when needed."""
 
     digest: bytes
     segment: int
     start: int
     batch: _Batch
+
+    def packed(self) -> bytes:
+        """As the index holds it once it is durable: the digest, and where the record lies."""
+        return self.digest + _PLACE.pack(self.segment, self.start)
+
+
+_DURABLE = _Batch(done=True)
+
+
+def _unpack_known(packed: bytes) -> _Known:
+    segment, start = _PLACE.unpack(packed[-_PLACE.size :])
+    return _Known(packed[: -_PLACE.size], segment, start, _DURABLE)
 
 
 class SpoolWriter:
@@ -438,7 +452,8 @@ class SpoolWriter:
         self._syncing = self._closed = False
         self._batch = _Batch()
         self._open: _Open | None = None
-        self._index: dict[bytes, _Known] = {}
+        self._index: dict[bytes, bytes] = {}  # of durable instances; packed, since there are many
+        self._fresh: dict[bytes, _Known] = {}  # of instances that no sync has decided over
         self._last_position = self._last_association = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -487,7 +502,7 @@ class SpoolWriter:
                 place = self._append(Kind.INSTANCE, facts, dataset)
                 stored = StoredInstance(place.position, place.segment, place.offset, len(dataset), *facts)
                 batch, kept = place.batch, Kept.CONFLICT if known else Kept.STORED
-                self._remember(key, _Known(digest, place.segment, place.start, batch))
+                self._fresh[key] = batch.known[key] = _Known(digest, place.segment, place.start, batch)
         self._wait_durable(batch)
         return stored, kept
 
@@ -602,6 +617,7 @@ class SpoolWriter:
         else:
             opened.durable_end = end
             self._durable.put(batch.last)
+            self._remember(batch)
         self._state.notify_all()
 
     def _abandon(self, error: OSError) -> None:
@@ -611,7 +627,7 @@ class SpoolWriter:
         if opened:
             opened.end = opened.durable_end
             _cut(self._folder, opened)
-        self._index = {key: known for key, known in self._index.items() if not known.batch.error}
+        self._fresh.clear()  # all of it is in the two batches that failed
 
     # --- segments ---
 
@@ -697,9 +713,11 @@ class SpoolWriter:
 
     def _known(self, key: bytes) -> _Known | None:
         """The instance of this key if it is still in the spool."""
-        known = self._index.get(key)
+        packed = self._index.get(key)
+        known = self._fresh.get(key) or (_unpack_known(packed) if packed else None)
         if known and not _segment_path(self._folder, known.segment).exists():
-            del self._index[key]
+            self._index.pop(key, None)
+            self._fresh.pop(key, None)
             return None
         return known
 
@@ -717,16 +735,20 @@ class SpoolWriter:
                 return found.record
         return None
 
-    def _remember(self, key: bytes, known: _Known) -> None:
-        self._index.pop(key, None)
-        self._index[key] = known
-        if len(self._index) > INDEXED_INSTANCES:
-            del self._index[next(iter(self._index))]
+    def _remember(self, batch: _Batch) -> None:
+        """Move the instances of a durable batch into the index."""
+        for key, known in batch.known.items():
+            if self._fresh.get(key) is known:
+                del self._fresh[key]
+            self._index.pop(key, None)
+            self._index[key] = known.packed()
+            if len(self._index) > INDEXED_INSTANCES:
+                del self._index[next(iter(self._index))]
+        batch.known.clear()
 
     def _index_old(self) -> None:
         """Rebuild the index of duplicates from the segments of earlier runs, newest first."""
         reader = SpoolReader(self._folder)
-        done = _Batch(done=True)
         ours = self._open.segment.number if self._open else self._last_position + 1
         for number in reversed([n for n in _segment_numbers(self._folder) if n < ours]):
             for found in reader.scan(number):
@@ -737,7 +759,8 @@ class SpoolWriter:
                     key = _short_hash(stored.sop_instance_uid.encode(), stored.scanner.encode())
                     digest = _short_hash(bytes.fromhex(stored.sha256), stored.transfer_syntax_uid.encode())
                     with self._state:
-                        self._index.setdefault(key, _Known(digest, number, found.offset, done))
+                        if key not in self._fresh:
+                            self._index.setdefault(key, _Known(digest, number, found.offset, _DURABLE).packed())
 
 
 def _short_hash(*parts: bytes) -> bytes:
