@@ -1,8 +1,6 @@
 """How long a technologist waits: from the last instance to the verdict, for a 1 mm series pushed to a real daemon.
 
-Also the memory of all processes together while scoring, and whether it grows: `python -m tests.bench latency` pushes
-`RESCAN_BENCH_SERIES` small series (default 40; 200 for the figure in the documentation) and compares the resident memory
-after the last with that after the first tenth.
+Also the memory of all processes together while scoring; whether it grows is `bench_memory.py`.
 """
 
 from __future__ import annotations
@@ -74,24 +72,11 @@ def latencies(daemon: Serving) -> list[dict[str, float]]:
     return found
 
 
-def growth(daemon: Serving, series: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Resident memory after a tenth of many small series, and after all."""
-    early: dict[str, int] = {}
-    with Listener(daemon.ports["events"]).connected() as listener:
-        for number in range(series):
-            push(daemon.ports["dicom"], build_classic_series(head_phantom(), seed=f"small {number}"))
-            listener.wait(lambda _t, _b, n=number: len(listener.scores(final=True)) > n)  # type: ignore[misc]
-            if number + 1 == max(series // 10, 1):
-                early = resident(daemon)
-    return early, resident(daemon)
-
-
 def main() -> None:
-    """Print both tables."""
+    """Print the table."""
     if not SHIPPED_MODEL.is_file():
         print("latency: no student is in this checkout (daemon/models/student.onnx)", file=sys.stderr)
         return
-    series = int(os.environ.get("RESCAN_BENCH_SERIES", "40"))
     with tempfile.TemporaryDirectory() as folder, Serving(Path(folder) / "state", config=CONFIG) as daemon:
         idle = sum(resident(daemon).values())
         watch = Peak(daemon)
@@ -107,15 +92,6 @@ def main() -> None:
         for stage in ("assemble", "prepare", "infer", "score"):
             print(f"  {stage:9} median {statistics.median(row[stage] for row in rows):.2f}")
         print(f"memory of all processes, MiB: idle {idle // MIB}, peak while scoring {watch.peak // MIB}")
-    with tempfile.TemporaryDirectory() as folder:
-        quick = "[completeness]\nquiet_provisional_s = 0.5\nquiet_final_s = 0.6\n"
-        with Serving(Path(folder) / "state", config=quick) as daemon:
-            early, late = growth(daemon, series)
-    print(f"memory after {max(series // 10, 1)} and after {series} series, MiB")
-    for name in late:
-        print(f"  {name:9} {early[name] // MIB:5} {late[name] // MIB:5}  {late[name] / early[name]:.3f}")
-    total = sum(late.values()) / sum(early.values())
-    print(f"  {'all':9} {sum(early.values()) // MIB:5} {sum(late.values()) // MIB:5}  {total:.3f}")
 
 
 if __name__ == "__main__":
