@@ -142,6 +142,7 @@ RAW_SCORES = (
     "task_uncertainty",
     "entropy",
     "entropy_gm",
+    "cross_entropy_per_gm",
     *(f"artefact_{name}_gm" for name in ARTEFACTS),
 )
 """What a risk can be made of: scores that need no calibration."""
@@ -380,6 +381,9 @@ def score_reduced(reduced: Reduced, prepared: Prepared, card: Card) -> Scores:
 def raw_scores(reduced: Reduced) -> dict[str, float]:
     """The scores that need no calibration, keys as in `RAW_SCORES`; all of them, each >= 0."""
     fov, region = max(reduced.fov_cells, 1.0), max(reduced.region_cells, 1.0)
+    # Expected cross entropy: the entropy is what the segmentation admits, half the artefacts' variance what they add (at
+    # the minimum of Eq. 4, sigma^2 = 2 CE). Per grey matter, as Dice is: a tighter box makes no better scan.
+    doubt = reduced.entropy_fov + float(reduced.artefact_fov.sum()) / 2.0
     per_artefact = reduced.artefact_region / region
     return {
         "artefact_uncertainty": float(reduced.artefact_fov.sum() / fov),
@@ -387,6 +391,7 @@ def raw_scores(reduced: Reduced) -> dict[str, float]:
         "task_uncertainty": reduced.task_region / region,
         "entropy": reduced.entropy_fov / fov,
         "entropy_gm": reduced.entropy_region / region,
+        "cross_entropy_per_gm": doubt / max(reduced.gm_sum, 1.0),
         **{f"artefact_{name}_gm": float(per_artefact[i]) for i, name in enumerate(ARTEFACTS)},
     }
 

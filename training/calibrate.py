@@ -292,6 +292,10 @@ def required_dice(heads: Iterable[Sample]) -> float:
     return round(float(np.percentile(clean, REQUIRED_PERCENTILE)) - REQUIRED_MARGIN, 4)
 
 
+SINGLES = ("cross_entropy_per_gm", "artefact_uncertainty", "artefact_uncertainty_gm")
+"""Scores that may be the risk by themselves."""
+
+
 @dataclass(frozen=True)
 class _Partial:
     """The risk before the rest of the calibration is known."""
@@ -305,7 +309,7 @@ class _Partial:
 def choose_risk(fit: Sequence[Sample]) -> tuple[Term, ...]:
     """One score, or a combination with weights >= 0 where that predicts Dice clearly better on heads left out."""
     floors = {name: max(0.1 * float(np.percentile([s.raw[name] for s in fit], 5)), 1e-9) for name in RAW_SCORES}
-    singles = {name: (Term(name, 1.0, floors[name]),) for name in ("artefact_uncertainty_gm", "artefact_uncertainty")}
+    singles = {name: (Term(name, 1.0, floors[name]),) for name in SINGLES}
     errors = {name: cross_validated_error(fit, terms) for name, terms in singles.items()}
     best = min(errors, key=lambda name: errors[name])
     combined = combine_scores(fit, floors)
