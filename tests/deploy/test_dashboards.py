@@ -82,7 +82,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory, strict_student: Path) -> I
             prometheus.until(lambda n=number: prometheus.values('rescan_series_total{outcome="scored"} > 0')[:1] == [n])
         # The first alert expired when the second exam began.
         alerts = [body["data"] for topic, body in listener.messages if topic.startswith("v1/alert/")]
+        prometheus.until(lambda: prometheus.values("rescan_alerts_waiting > 0") == [1.0])
         acknowledge(daemon.ports["replay"], alerts[-1]["alert_id"])
+        prometheus.until(lambda: sum(prometheus.values("rescan_alerts_waiting")) == 0)
         push(daemon.ports["dicom"], head("spin", ScanningSequence="SE"))
         prometheus.until(lambda: prometheus.values("rescan_series_skipped_total") == [1.0])
         prometheus.until(lambda: prometheus.values('rescan_alert_feedback_total{verdict="rescanning"} > 0') == [1.0])
