@@ -14,6 +14,7 @@ import pytest
 import yaml
 import zmq
 
+from daemon.audit import FILE_NAME, Kind, entries, verify
 from daemon.metrics import METRICS
 from tests.conftest import ROOT
 from tests.deploy.watching import Prometheus
@@ -117,6 +118,14 @@ def test_no_panel_is_empty(watched: tuple[Serving, Prometheus], panel: str, quer
         return bool(values) if quiet else any(map(math.isfinite, values))
 
     prometheus.until(shown, what=f"{panel}: {filled(query)}")
+
+
+def test_the_acknowledgement_stands_in_the_audit(watched: tuple[Serving, Prometheus]) -> None:
+    """Who, why, and about which alert; the chain holds."""
+    path = watched[0].state / FILE_NAME
+    said = [entry.data for entry in entries(path) if entry.kind is Kind.ACKNOWLEDGED]
+    assert [(each["by"], each["reason"], each["scanner"]) for each in said] == [("KL", "rescanning", "mr1")]
+    assert verify(path) >= 4
 
 
 def test_every_variable_of_a_dashboard_has_values(watched: tuple[Serving, Prometheus]) -> None:
