@@ -55,9 +55,9 @@ def test_two_stages_on_pinned_bases_and_not_as_root(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_copied_is_there_and_reaches_the_build(name: str) -> None:
-    """Every source exists and is let through by .containerignore."""
+    """Every source exists and is let through by .dockerignore."""
     let_through = set(
-        re.findall(r"^!(\S+)$", (ROOT / ".containerignore").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), flags=re.MULTILINE)
     )
     for word, rest in instructions(name):
         if word == "COPY" and "--from" not in rest:
@@ -67,7 +67,7 @@ def test_what_is_copied_is_there_and_reaches_the_build(name: str) -> None:
 
 
 def test_the_health_check_is_that_of_readiness(tmp_path: Path, student: Path) -> None:
-    """Its own command succeeds on a daemon that is ready, and fails on one whose model is missing and on none at all."""
+    """Its own command fails while the model is missing, succeeds when the daemon is ready, and fails when there is none."""
     (rest,) = [rest for word, rest in instructions("Containerfile.cpu") if word == "HEALTHCHECK"]
     command = json.loads(rest[rest.index("CMD ") + 4 :])
 
@@ -76,12 +76,15 @@ def test_the_health_check_is_that_of_readiness(tmp_path: Path, student: Path) ->
         assert words[1:] != command[1:]
         return subprocess.run(words, capture_output=True, timeout=patience(30)).returncode
 
-    with Serving(tmp_path / "ready", model=student) as daemon:
-        assert check(daemon.ports["http"]) == 0
+    model = tmp_path / "model.onnx"
+    with Serving(tmp_path / "state", model=model).start(ready=False) as daemon:
         port = daemon.ports["http"]
+        assert check(port) != 0
+        shutil.copy(student, tmp_path / "fresh")
+        (tmp_path / "fresh").rename(model)
+        daemon.log.wait(lambda f: f.get("event") == "ready")
+        assert check(port) == 0
     assert check(port) != 0
-    with Serving(tmp_path / "absent", model=tmp_path / "absent.onnx").start(ready=False) as daemon:
-        assert check(daemon.ports["http"]) != 0
 
 
 def test_what_the_image_runs_is_a_command_of_this_program() -> None:
