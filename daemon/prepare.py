@@ -111,7 +111,7 @@ def prepare(volume: Volume, box: Box | None = None) -> Prepared:
         box = _find_box(canonical, head, head_start)
     image, coverage = _average(canonical, box)
     native = coverage > 0.5
-    scale = _tissue_level(image, native)
+    scale = tissue_level(image, native)
     image = np.clip(image / scale, 0.0, INTENSITY_MAX).astype(np.float32)
     return Prepared(
         image=image,
@@ -263,7 +263,7 @@ def _average(canonical: Canonical, box: Box) -> tuple[Array, Array]:
     return (out / np.maximum(coverage, 1e-6)).astype(np.float32), coverage.astype(np.float32)
 
 
-def _tissue_level(image: Array, native: NDArray[np.bool_]) -> float:
+def tissue_level(image: Array, native: NDArray[np.bool_]) -> float:
     """The intensity that `TISSUE_ML` of the box exceeds. An absolute volume, so neither air nor crop moves it."""
     rank = int(TISSUE_ML * 1000.0 / SPACING_MM**3)
     values = image[native]

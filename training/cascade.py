@@ -283,16 +283,17 @@ class Samples:
         return self.cases[int(rng.integers(len(self.cases)))]
 
     def visible(self, rng: np.random.Generator, case: Case, artefact: str) -> int:
-        """Of the two draws of an artefact the one further from the clean image, four times in five.
+        """Of two images with this artefact alone the one further from the clean image, four times in five.
 
         Most drawn severities are invisible, and an artefact nobody sees teaches little.
         """
         if case.folder not in self.errors:
             clean = np.asarray(case.images[0][::2, ::2, ::2], dtype=np.float32)
             self.errors[case.folder] = [float(np.abs(i[::2, ::2, ::2] - clean).mean()) for i in case.images]
-        errors, pair = self.errors[case.folder], [IMAGES.index(f"{artefact}_{d}") for d in "ab"]
-        worse = int(errors[pair[1]] > errors[pair[0]])
-        return pair[worse if rng.random() < 0.8 else 1 - worse]
+        alone = np.arange(len(ARTEFACTS)) == ARTEFACTS.index(artefact)
+        pair = rng.permutation(np.flatnonzero((case.present == alone).all(axis=1)))[:2]
+        further = int(self.errors[case.folder][pair[1]] > self.errors[case.folder][pair[0]])
+        return int(pair[further if rng.random() < 0.8 else 1 - further])
 
     def draw(self, rng: np.random.Generator, case: Case, twins: Sequence[int], crop: Shape) -> Sample:
         """The same crop of several images of one case, augmented alike."""
@@ -367,24 +368,27 @@ def joint_loss(samples: Samples, task: UNet) -> Any:
     """Eq. 6 for five teachers on one trunk: the same crop clean and with each artefact; absent ones have no variance.
 
     All of them in one step: what the artefacts have in common cancels, and the step is about what tells them apart. With
-    one artefact a step, noise and spike were not told apart in 4,000 steps (docs/decisions/0011).
+    one artefact a step, noise and spike were not told apart in 4,000 steps (docs/decisions/0011). Motion comes twice: it
+    is the hardest to see.
     """
 
     def loss(step: int, eps: float, network: Any) -> Parts:
         rng = samples.rng(4, step)
         case, form = samples.case(rng), samples.profile.likelihood
-        twins = [0, *(samples.visible(rng, case, a) for a in ARTEFACTS)]
+        own = [None, *range(1, 1 + len(ARTEFACTS)), 1 + ARTEFACTS.index("motion")]
+        twins = [0, *(samples.visible(rng, case, ARTEFACTS[i - 1]) for i in own if i)]
         sample = samples.draw(rng, case, twins, samples.profile.crops[2])
         logits, log_variance = samples.forward(network, sample.images.clamp_min(0.0)[:, None])
         target = samples.variance(task, sample.image(0))
         targets = torch.cat([target, *[torch.zeros_like(target)] * len(ARTEFACTS)], 1)
         clean = F.cross_entropy(logits[:1].detach(), sample.labels, reduction="none")
         parts = []
-        for i in range(len(twins)):
-            channels, own = torch.ones(targets.shape[1], device=samples.device), i or None
-            channels[1:] = (torch.arange(1, len(twins)) != i).float()
-            image = (logits[i : i + 1], log_variance[i : i + 1], sample.labels, sample.weight(i))
-            parts.append(combine(*image, targets, eps, form, channels, own, clean))
+        for n, variance in enumerate(own):
+            channels = torch.ones(targets.shape[1], device=samples.device)
+            if variance is not None:
+                channels[variance] = 0.0
+            image = (logits[n : n + 1], log_variance[n : n + 1], sample.labels, sample.weight(n))
+            parts.append(combine(*image, targets, eps, form, channels, variance, clean))
         return mean_parts(parts)
 
     return loss
@@ -401,7 +405,7 @@ def student_loss(samples: Samples, task: UNet, teachers: Sequence[UNet]) -> Any:
         rng = samples.rng(3, step)
         case, form = samples.case(rng), samples.profile.likelihood
         seen = _student_images(rng, samples, case)
-        heard = [[_single(image, i) if case.present[image][i] else 0 for i in range(len(ARTEFACTS))] for image in seen]
+        heard = [_singles(case, image) for image in seen]
         twins = sorted({0, *seen, *(t for row in heard for t in row)})
         sample = samples.draw(rng, case, twins, samples.profile.crops[2])
         at = twins.index
@@ -428,7 +432,11 @@ def _student_images(rng: np.random.Generator, samples: Samples, case: Case) -> l
     return [0, *alone, IMAGES.index(f"composite_{'ab'[int(rng.integers(2))]}")]
 
 
-def _single(image: int, artefact: int) -> int:
-    """The image that holds one of an image's artefacts alone, in the same draw; composites share the first."""
-    draws = "b" if IMAGES[image].endswith("_b") and not IMAGES[image].startswith("composite") else "a"
-    return IMAGES.index(f"{ARTEFACTS[artefact]}_{draws}")
+def _singles(case: Case, image: int) -> list[int]:
+    """For each artefact the image that holds it alone in the same draw; the clean one where it is absent.
+
+    An image with one artefact is that image; composites are made of the first draws.
+    """
+    if case.present[image].sum() <= 1:
+        return [image if p else 0 for p in case.present[image]]
+    return [IMAGES.index(f"{a}_a") if p else 0 for a, p in zip(ARTEFACTS, case.present[image], strict=True)]

@@ -58,6 +58,18 @@ def test_entropy_is_that_of_a_bernoulli_variable() -> None:
     assert raw_scores(reduce_maps(maps, head))["entropy"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_expected_cross_entropy_is_counted_per_grey_matter() -> None:
+    """Oracle: entropy of every cell plus half its artefact variances, over the sum of p; no grey matter is no error."""
+    head = made_up_head()
+    maps = made_up_maps(head)
+    native = head.native_mask
+    p = maps.gm_probability[native].astype(float)
+    doubt = stats.entropy(np.stack([p, 1 - p])).sum() + maps.artefact_variance[:, native].sum(dtype=np.float64) / 2
+    assert raw_scores(reduce_maps(maps, head))["cross_entropy_per_gm"] == pytest.approx(doubt / p.sum(), rel=1e-3)
+    nothing = dataclasses.replace(maps, gm_probability=np.zeros_like(head.image))
+    assert math.isfinite(raw_scores(reduce_maps(nothing, head))["cross_entropy_per_gm"])
+
+
 def test_volume_is_the_sum_of_probabilities_and_its_error_the_root_of_their_variances() -> None:
     """Oracle: 300 draws of every voxel as a coin, whose volume spreads by that much."""
     head = made_up_head()
