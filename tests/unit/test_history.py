@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,17 @@ def test_what_is_no_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["history", "verdicts", "--state", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "ledger.db").read_bytes() == content
+
+
+def test_a_newer_ledger_is_refused_untouched(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line that names both versions; not one byte changes."""
+    with contextlib.closing(sqlite3.connect(state / "ledger.db")) as db:
+        db.execute("PRAGMA user_version = 99")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    before = {file.name: file.read_bytes() for file in state.iterdir()}
+    assert main(["history", "verdicts", "--state", str(state)]) == 2
+    assert "version 99" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in state.iterdir()} == before
 
 
 def test_json_lines_are_final_results(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
