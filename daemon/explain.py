@@ -17,7 +17,7 @@ from daemon.geometry import Geometry
 from daemon.reasons import REASONS
 from daemon.rules import Rule, RuleError, default_rule, first_failure, load_rules, match_rule, what_it_is
 from daemon.series import Complete, Stack
-from daemon.volume import build_volume, find_files, is_nifti, read_nifti, stacks_from_files
+from daemon.volume import build_volume, find_files, is_nifti, read_dicom, read_nifti, stacks_from_files
 from daemon.words import Reason, Refusal, Volume
 
 
@@ -83,7 +83,7 @@ def explain_path(path: Path, rules: Sequence[Rule] = (), *, pixels: bool = False
 
 def _decode(stack: Stack, paths: dict[str, Path]) -> Reason | None:
     try:
-        build_volume(stack, lambda stored: paths[stored.sha256].read_bytes())
+        build_volume(stack, lambda stored: read_dicom(paths[stored.sha256]))
     except Refusal as refusal:
         return refusal.reason
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 import time
@@ -20,6 +21,7 @@ from pynetdicom.association import Association
 from pynetdicom.presentation import build_context
 
 from daemon.config import split_address
+from daemon.dicom_file import as_part10
 from daemon.header import PARSE_FAILURES
 from daemon.volume import find_files
 
@@ -208,8 +210,9 @@ def batches(folder: Path, association: str) -> list[list[Path]]:
 def read_file(path: Path, *, headers_only: bool = False) -> Dataset | None:
     """A DICOM file, None where it is none or cannot be read."""
     try:
-        ds: Dataset = dcmread(path, stop_before_pixels=headers_only)
-    except (InvalidDicomError, *PARSE_FAILURES):
+        data = as_part10(path.read_bytes())
+        ds: Dataset = dcmread(io.BytesIO(data or b""), stop_before_pixels=headers_only)
+    except (InvalidDicomError, OSError, *PARSE_FAILURES):
         return None
     return ds if "SOPClassUID" in ds and "SOPInstanceUID" in ds else None
 

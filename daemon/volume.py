@@ -16,7 +16,8 @@ import numpy as np
 from pydicom.uid import ExplicitVRLittleEndian
 
 from daemon.decode import decode
-from daemon.elements import PREAMBLE_BYTES, NotUnderstood, split_file
+from daemon.dicom_file import as_part10
+from daemon.elements import NotUnderstood, split_file
 from daemon.geometry import Geometry
 from daemon.header import Header, read_header
 from daemon.prepare import MAX_VOXELS
@@ -111,9 +112,15 @@ def volumes_from_path(path: Path) -> Iterator[Found]:
 
 def _volume_or_refusal(stack: Stack, paths: dict[str, Path]) -> Volume | Refusal:
     try:
-        return build_volume(stack, lambda stored: paths[stored.sha256].read_bytes())
+        return build_volume(stack, lambda stored: read_dicom(paths[stored.sha256]))
     except Refusal as refusal:
         return refusal
+
+
+def read_dicom(path: Path) -> bytes:
+    """A DICOM file with its preamble, whether it lies there with one or not."""
+    data = path.read_bytes()
+    return as_part10(data) or data
 
 
 def find_files(path: Path) -> Iterator[Path]:
@@ -132,8 +139,8 @@ def stacks_from_files(files: list[Path]) -> list[tuple[Stack, dict[str, Path]]]:
     paths: dict[str, Path] = {}
     instances: list[tuple[StoredInstance, Header | Refusal]] = []
     for position, file in enumerate(files, 1):
-        data = file.read_bytes()
-        if data[PREAMBLE_BYTES : PREAMBLE_BYTES + 4] != b"DICM":
+        data = as_part10(file.read_bytes())
+        if data is None:
             continue
         header: Header | Refusal
         try:

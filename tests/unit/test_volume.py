@@ -7,8 +7,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from daemon.dicom_write import PLANES, Plan, part10
+from daemon.elements import split_file
 from daemon.geometry import Geometry
 from daemon.rules import match_rule
 from daemon.volume import build_volume, read_nifti, volumes_from_path
@@ -129,6 +131,34 @@ def test_a_folder_holds_stacks_nifti_and_things_to_leave_out(tmp_path: Path) -> 
     assert isinstance(dicom[1], Volume)
     assert dicom[1].voxels.shape == (8, 8, 12)
     assert dicom[2] == str(tmp_path)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize("left", ["the data set alone", "from the file meta information on", "from the prefix on"])
+def test_files_without_their_beginning_are_read(tmp_path: Path, syntax: UID, left: str) -> None:
+    """Preamble, prefix and file meta information missing, in each encoding: the same volume as from whole files."""
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    for folder in (whole, bare):
+        folder.mkdir()
+    for number, ds in enumerate(little_stack(plan=Plan(transfer_syntax_uid=str(syntax)))):
+        data = part10(ds)
+        start = {"the data set alone": split_file(data)[1], "from the prefix on": 128}.get(left, 132)
+        (whole / f"{number}").write_bytes(data)
+        (bare / f"{number}").write_bytes(data[start:])
+    ((_, expected, _),), ((_, found, _),) = volumes_from_path(whole), volumes_from_path(bare)
+    assert isinstance(found, Volume)
+    assert isinstance(expected, Volume)
+    assert np.array_equal(found.voxels, expected.voxels)
+    assert np.allclose(found.affine, expected.affine)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x08\0", b"\x08\0\x05\0CS\x0a\0ISO_IR 100", b"\x08\0" + bytes(600), b"MZ" + bytes(300)]
+)
+def test_what_only_looks_like_a_data_set_is_left_out(tmp_path: Path, data: bytes) -> None:
+    """Nothing that names no image is taken for one."""
+    (tmp_path / "file").write_bytes(data)
+    assert list(volumes_from_path(tmp_path)) == []
 
 
 def test_nothing_comes_from_an_empty_folder(tmp_path: Path) -> None:
