@@ -28,14 +28,15 @@ def demo(pictures: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_scan_gets_its_verdict(demo: subprocess.CompletedProcess[str], pictures: Path) -> None:
-    """Three scans are pushed, judged and drawn; the clean one passes, the one with a spike does not."""
+    """Three scans are pushed, judged and drawn; the clean one passes, the spike must be repeated, motion is no PASS."""
     assert demo.returncode in {0, 1}, demo.stderr
     parts = demo.stdout.split("\n\n")[0]
     assert parts.count("from the last image to the verdict") == 3, f"{demo.stdout}\n{demo.stderr}"
     clean, rest = parts.split("2. motion scan")
-    spike = rest.split("3. spike scan")[1]
+    motion, spike = rest.split("3. spike scan")
     assert "PASS (as expected)" in clean
-    assert "RESCAN (as expected)" in spike
+    assert "verdict         PASS" not in motion
+    assert "verdict         RESCAN" in spike
     assert sorted(file.name for file in pictures.glob("*.png")) == ["1-clean.png", "2-motion.png", "3-spike.png"]
     assert all(file.stat().st_size > 20_000 for file in pictures.glob("*.png"))
 
@@ -45,7 +46,7 @@ def test_status_tells_whether_all_was_right(demo: subprocess.CompletedProcess[st
     assert (demo.returncode == 0) == (demo.stdout.count("(as expected)") == 3)
 
 
-@pytest.mark.xfail(reason="the first student takes the demo's moderate motion for good enough", strict=False)
+@pytest.mark.xfail(reason="motion of 2.2 mm is REVIEW, and the spike is taken for noise (docs/student.md)", strict=False)
 def test_all_three_are_right(demo: subprocess.CompletedProcess[str]) -> None:
     """Clean is PASS, motion and spike are RESCAN for that artefact."""
     assert demo.returncode == 0, demo.stdout

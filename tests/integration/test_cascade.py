@@ -56,7 +56,6 @@ def test_student_beats_the_untrained(cascade: Path) -> None:
     assert trained > untrained + 0.1
 
 
-@pytest.mark.xfail(strict=False, reason="at smoke size the channels do not come apart yet (docs/decisions/0011)")
 def test_own_channel_ranks_severe_above_clean(cascade: Path) -> None:
     """Severe noise raises the noise channel on heads never seen."""
     student = load_network(cascade / "student.pt")[0]
