@@ -46,7 +46,9 @@ def test_status_tells_whether_all_was_right(demo: subprocess.CompletedProcess[st
     assert (demo.returncode == 0) == (demo.stdout.count("(as expected)") == 3)
 
 
-@pytest.mark.xfail(reason="motion of 2.2 mm is REVIEW, and the spike is taken for noise (docs/student.md)", strict=False)
+@pytest.mark.xfail(
+    reason="motion of 2.2 mm is REVIEW, and the spike is taken for noise (docs/student.md)", strict=False
+)
 def test_all_three_are_right(demo: subprocess.CompletedProcess[str]) -> None:
     """Clean is PASS, motion and spike are RESCAN for that artefact."""
     assert demo.returncode == 0, demo.stdout

@@ -56,9 +56,7 @@ def test_two_stages_on_pinned_bases_and_not_as_root(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_copied_is_there_and_reaches_the_build(name: str) -> None:
     """Every source exists and is let through by .dockerignore."""
-    let_through = set(
-        re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    )
+    let_through = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), flags=re.MULTILINE))
     for word, rest in instructions(name):
         if word == "COPY" and "--from" not in rest:
             for source in rest.split()[:-1]:
