@@ -83,11 +83,11 @@ def validate_teacher(network: UNet, cases: Sequence[Case], artefact: str) -> dic
     }
 
 
-def decoupling(network: UNet, cases: Sequence[Case]) -> tuple[NDArray[np.float64], list[float], list[float]]:
+def decoupling(network: UNet, cases: Sequence[Case]) -> tuple[NDArray[np.float64], list[Reading], list[float]]:
     """The 5x5 matrix: mean sigma_i^2 given artefact j over mean sigma_i^2 given a clean image (rows j, columns i).
 
     Returns:
-        matrix, Dice of clean images, Dice of images with one artefact.
+        matrix, readings of clean images, Dice of images with one artefact.
     """
     clean = [read(network, c, 0) for c in cases]
     floor = np.mean([r.variances[1:] for r in clean], axis=0)
@@ -96,14 +96,19 @@ def decoupling(network: UNet, cases: Sequence[Case]) -> tuple[NDArray[np.float64
         readings = [read(network, c, IMAGES.index(f"{artefact}_{s}")) for c in cases for s in "ab"]
         rows.append(np.mean([r.variances[1:] for r in readings], axis=0) / floor)
         bad += [r.dice for r in readings]
-    return np.array(rows), [r.dice for r in clean], bad
+    return np.array(rows), clean, bad
 
 
 def validate_student(network: UNet, cases: Sequence[Case]) -> dict[str, float]:
     """Dice and the decoupling matrix; converged when every row's largest entry is its own and well above 1."""
     matrix, clean, bad = decoupling(network, cases)
     own = np.diag(matrix)
-    numbers = {"dice_clean": float(np.mean(clean)), "dice_artefact": float(np.mean(bad))}
+    numbers = {
+        "dice_clean": float(np.mean([r.dice for r in clean])),
+        "dice_artefact": float(np.mean(bad)),
+        "task_variance": float(np.mean([r.variances[0] for r in clean])),
+        "clamped": float(np.mean([r.clamped for r in clean])),
+    }
     for j, given in enumerate(ARTEFACTS):
         for i, part in enumerate(ARTEFACTS):
             numbers[f"ratio_{part}_given_{given}"] = float(matrix[j, i])
