@@ -33,8 +33,8 @@ def head_phantom(shape: tuple[int, int, int] = SMALL_SHAPE, spacing: float = 2.0
 
     head = np.zeros(shape, dtype=np.float64)
     neck = ((x / 52) ** 2 + ((y + 10) / 58) ** 2 < 1) & (z < -40)
-    head[neck] = 500
-    head[inside(76, 96, 92)] = 900
+    head[neck] = 380  # below half of the bright tissue: no grey matter to a student that goes by brightness
+    head[inside(76, 96, 92) & (z > -80)] = 900  # no scalp between head and neck
     head[inside(71, 91, 87)] = 60
     head[inside(67, 87, 83)] = 560
     head[inside(58, 78, 74)] = 820
