@@ -50,7 +50,7 @@ def scores_of(images: list[Dataset], student: Student) -> dict[str, float]:
 
 
 def turned(head: Head, degrees_about_x: float, degrees_about_z: float) -> Volume:
-    """The affine of the head in a scanner in which it lies at an angle: oblique, or on its side at 90 degrees."""
+    """The affine of the head in a scanner in which it lies at an angle: oblique."""
     voxels, spacing = head
     a, b = np.deg2rad([degrees_about_x, degrees_about_z])
     about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
@@ -62,12 +62,14 @@ def turned(head: Head, degrees_about_x: float, degrees_about_z: float) -> Volume
 
 
 def test_scores_do_not_depend_on_how_a_head_was_sliced_and_stored(student: Student, head: Head) -> None:
-    """Sagittal, coronal, axial, rows backwards as in the prone, Enhanced, oblique and double oblique: within 2 %, each score."""
+    """Sagittal, coronal, axial, rows backwards as in the prone, decubitus, Enhanced, oblique and double oblique: within 2 %, each score."""
     truth = scores_of(build_classic_series(*head, "sagittal"), student)
     backwards = Plan(reverse_rows=True)
     ways = {
         "coronal": build_classic_series(*head, "coronal"),
-        "axial, prone": build_classic_series(*head, "axial", plan=backwards),
+        "axial, prone": build_classic_series(*head, "axial", plan=backwards, PatientPosition="HFP"),
+        "axial, on the left side": build_classic_series(*head, "axial", PatientPosition="HFDL"),
+        "coronal, on the right side": build_classic_series(*head, "coronal", plan=backwards, PatientPosition="HFDR"),
         "Enhanced, sagittal, prone": [build_enhanced(*head, "sagittal", plan=backwards)],
         "oblique": build_classic_series(*head, "axial", affine=turned(head, 17.0, 0.0).affine),
         "double oblique, prone": build_classic_series(
