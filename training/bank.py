@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from training.anatomy import Head, Source, make_head
 IMAGES = ("clean", *(f"{a}_a" for a in ARTEFACTS), *(f"{a}_b" for a in ARTEFACTS), "composite_a", "composite_b")
 """The images of a case, in the order of its first axis."""
 
-IN_BAND = ("motion",) * 4 + ("spike",) * 3
+IN_BAND = ("motion",) * 4 + ("spike",) * 3 + ("restless",) * 5 + ("low spike",) * 4 + ("noise", "blur", "wrap") * 2
 """Artefacts drawn again on the prepared grid. At native resolution seven spikes in eight lie outside the band that 2 mm
-keeps, and so do most moments at which the head moves: the network would see few of those that matter."""
+keeps, and so do most moments at which the head moves: the network would see few of those that matter. Half of what is left
+lies near the edge of the band, where a spike's stripes are as fine as noise; a low spike lies in its inner half."""
 
-IN_BAND_RANGES = replace(kspace.PRODUCT, spike=(0.1, 10.0), motion_scale=(0.3, 1.5))
-"""The visible part of the product's ranges."""
+IN_BAND_RANGES = kspace.Ranges((-10.0, 25.0), (0.1, 10.0), True, (1.2, 6.0), (0.0, 0.0), 1.0, (0.3, 1.5))
+"""The visible part of the product's ranges; without fold-over, which a grid cut to the head cannot show."""
 
 OUTSIDE = -1.0
 """Marks cells outside the field of view in the stored images."""
@@ -130,14 +131,24 @@ def in_band_images(
     image, inside = to_input(clean)
     shape = (image.shape[0], image.shape[1], image.shape[2])
     images, corruptions = [], []
-    for artefact in IN_BAND:
-        corruption = kspace.draw(rng, IN_BAND_RANGES, shape, (artefact,))
+    for kind in IN_BAND:
+        corruption = _in_band_draw(kind, rng, shape)
         voxels = kspace.apply(torch.from_numpy(image), corruption, (SPACING_MM,) * 3).numpy()
         level = tissue_level(voxels, inside)
         scaled = np.clip(voxels / level, 0.0, INTENSITY_MAX)
         images.append(np.where(inside, scaled, OUTSIDE).astype(np.float16))
         corruptions.append(corruption)
     return images, corruptions
+
+
+def _in_band_draw(kind: str, rng: np.random.Generator, shape: tuple[int, int, int]) -> kspace.Corruption:
+    """One of the kinds of `IN_BAND`."""
+    if kind == "restless":
+        return kspace.Corruption(motion=kspace.draw_restless(rng, IN_BAND_RANGES))
+    if kind == "low spike":
+        inner = (shape[0] // 2, shape[1] // 2, shape[2] // 2)
+        return kspace.Corruption(spike=kspace.draw_spike(rng, IN_BAND_RANGES, inner))
+    return kspace.draw(rng, IN_BAND_RANGES, shape, (kind,))
 
 
 def _composite(draws: kspace.Corruption, rng: np.random.Generator) -> kspace.Corruption:

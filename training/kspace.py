@@ -548,6 +548,30 @@ def draw_motion(rng: Generator, ranges: Ranges) -> Motion:
     )
 
 
+def draw_restless(rng: Generator, ranges: Ranges) -> Motion:
+    """A head that moves to and fro about its place of rest; each pose is drawn apart from the last.
+
+    The published sets (`draw_motion`) are walks: a head that has moved does not come back, and its pose while the middle
+    of k-space is filled seldom agrees with any other. Here, in half of the draws, it rests while the middle is filled:
+    the anatomy stays sharp and in place under ghosts that cost the segmentation as much.
+    """
+    low, high = (math.log(v) for v in ranges.motion_scale)
+    factor = math.exp(float(rng.uniform(low, high)))
+    times = [float(t) for t in rng.uniform(0.0, 1.0, rng.integers(2, 9))]
+    rest = None
+    if rng.random() < 0.5:
+        half = float(rng.uniform(0.03, 0.15))
+        rest = 0.5 - half
+        times = [t for t in times if abs(t - 0.5) > half] + [rest, 0.5 + half]
+    times.sort()
+    still = np.array([float(t != rest) for t in times])[:, None]
+    rotations = still * rng.normal(0, 4.0 * factor / math.sqrt(3), (len(times), 3))
+    translations = still * rng.normal(0, 3.0 * factor / math.sqrt(3), (len(times), 3))
+    return Motion(
+        int(rng.choice(3, p=[0.4, 0.4, 0.2])), tuple(times), _tuples(rotations.tolist()), _tuples(translations.tolist())
+    )
+
+
 def draw(rng: Generator, ranges: Ranges, shape: tuple[int, int, int], artefacts: tuple[str, ...]) -> Corruption:
     """Draw the named artefacts for a volume of this shape.
 

@@ -66,6 +66,15 @@ def records() -> set[str]:
     return {rule["record"] for group in groups for rule in group["rules"] if "record" in rule}
 
 
+def test_what_is_recorded_is_there_when_it_is_read() -> None:
+    """Prometheus looks back 5 minutes for a value: a group that records less often leaves gaps in what alerts read."""
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    recording = {g["name"]: g["interval"] for g in groups if any("record" in rule for rule in g["rules"])}
+    assert recording
+    for name, interval in recording.items():
+        assert re.fullmatch(r"[1-4]m", interval), f"{name}: recorded every {interval}"
+
+
 def test_everything_an_operator_must_be_told_has_a_rule() -> None:
     """From down to clock skew."""
     assert set(ASKED_FOR.values()) <= set(alerts())

@@ -149,6 +149,34 @@ def test_moved_volume_stays_registered(head: torch.Tensor, seed: int) -> None:
     assert float(shift.abs().max()) < 0.5
 
 
+def pose_at(motion: ks.Motion, moment: float) -> tuple[float, ...]:
+    """Rotation and translation that hold at a moment of the acquisition; none before the first change."""
+    last = sum(t <= moment for t in motion.times) - 1
+    return (*motion.rotations_deg[last], *motion.translations_mm[last]) if last >= 0 else (0.0,) * 6
+
+
+def test_a_restless_head_often_rests_while_the_middle_is_filled() -> None:
+    """Half of the draws leave the middle of k-space alone, and move before and after; the same record replays."""
+    draws = [ks.draw_restless(np.random.default_rng(seed), ks.PRODUCT) for seed in range(200)]
+    at_rest = [d for d in draws if not any(pose_at(d, 0.5))]
+    assert 80 <= len(at_rest) <= 125
+    for motion in at_rest:
+        assert any(pose_at(motion, 0.999))
+        assert list(motion.times) == sorted(motion.times)
+    record = json.loads(json.dumps(ks.Corruption(motion=draws[0]).record()))
+    assert ks.Corruption.from_record(record).motion == draws[0]
+
+
+def test_ghosts_of_a_restless_head_leave_it_in_place(head: torch.Tensor) -> None:
+    """The middle of k-space, filled at rest, is that of the clean head; what was filled in other poses is not."""
+    motion = ks.Motion(1, (0.2, 0.4, 0.6), ((4.0, 0, 0), (0, 0, 0), (0, 5.0, 0)), ((3.0, 0, 0), (0, 0, 0), (0, 2.0, 0)))
+    clean, moved = ks.fft3(head), ks.fft3(ks.move(head, motion, ONE_MM))
+    change = ((moved - clean).abs().square().sum((0, 2)) / clean.abs().square().sum((0, 2))).numpy()
+    middle = len(change) // 2
+    assert change[middle - 2 : middle + 3].max() < 0.02
+    assert change[:8].min() > 0.1
+
+
 @pytest.mark.parametrize("artefact", ARTEFACTS)
 def test_same_record_same_volume(head: torch.Tensor, artefact: str) -> None:
     """A record replays its sample exactly, also after a trip through JSON."""
