@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from daemon.coverage import VERTEX_SECTION_CM2, Body, check_whole
-from daemon.words import Array, Refusal, Volume
+from daemon.words import MAX_SPACING_MM, Array, Refusal, Volume
 
 SPACING_MM = 2.0
 """Working resolution of the shipped student."""
@@ -103,9 +103,10 @@ def prepare(volume: Volume, box: Box | None = None) -> Prepared:
         The prepared image; the same head gives the same image to float rounding however it was sliced or padded with air.
 
     Raises:
-        Refusal: `too_large`, `non_orthogonal`, `no_signal`, `not_a_head`, `partial_coverage`.
+        Refusal: `too_large`, `non_orthogonal`, `thick_slices`, `no_signal`, `not_a_head`, `partial_coverage`.
     """
     canonical = to_canonical(volume)
+    check_spacing(canonical.spacing_mm)
     head, head_start = _coarse_head(canonical)
     if box is None:
         box = _find_box(canonical, head, head_start)
@@ -185,6 +186,19 @@ def to_canonical(volume: Volume) -> Canonical:
     spacing = spacing[list(order)]
     start = axes.T @ origin - 0.5 * spacing
     return Canonical(np.asarray(voxels, dtype=np.float32), axes, spacing, start)
+
+
+def check_spacing(spacing_mm: NDArray[np.float64]) -> None:
+    """Whether the student knows heads of this resolution: it was trained on voxels of up to 2 mm.
+
+    A DICOM series is refused for this by its header; a file without one (NIfTI) is refused here.
+
+    Raises:
+        Refusal: `thick_slices`.
+    """
+    if spacing_mm.max() > MAX_SPACING_MM:
+        text = f"The voxels are {spacing_mm.max():.2f} mm long; at most {MAX_SPACING_MM:g} mm are admitted."
+        raise Refusal("thick_slices", text)
 
 
 def _order_and_flips(unit: NDArray[np.float64]) -> tuple[tuple[int, int, int], list[bool]]:

@@ -18,7 +18,7 @@ from daemon.geometry import PLANE_NAMES, Geometry
 from daemon.header import MATCHABLE, SUPPORTED, Header
 from daemon.reasons import REASONS
 from daemon.series import Stack
-from daemon.words import Reason
+from daemon.words import MAX_SPACING_MM, Reason
 
 Range = tuple[float, float]
 """Lowest and highest value, both included."""
@@ -60,8 +60,8 @@ class Rule:
     t1_weighted: bool = _key(True, "admit gradient echoes alone, inversion-prepared or spoiled with T1 weighting")
     orientation: tuple[str, ...] = _key((), f"planes: {', '.join(PLANE_NAMES)}; any where empty")
     slices: Range | None = _key((16.0, 2048.0), "number of slices")
-    slice_spacing_mm: Range | None = _key((0.3, 2.6), "distance between slices")
-    pixel_spacing_mm: Range | None = _key((0.2, 2.6), "distance between rows and between columns")
+    slice_spacing_mm: Range | None = _key((0.3, MAX_SPACING_MM), "distance between slices")
+    pixel_spacing_mm: Range | None = _key((0.2, MAX_SPACING_MM), "distance between rows and between columns")
     echo_time_ms: Range | None = _key(None, "EchoTime")
     repetition_time_ms: Range | None = _key(None, "RepetitionTime")
     inversion_time_ms: Range | None = _key(None, "InversionTime")

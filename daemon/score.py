@@ -147,6 +147,9 @@ RAW_SCORES = (
 )
 """What a risk can be made of: scores that need no calibration."""
 
+LEAST_DOUBT = 1e-4
+"""Added to a raw score before its logarithm becomes a gate's feature: a smaller one is none."""
+
 PLANES = ("sagittal", "coronal", "axial")
 THIRDS = (
     (
@@ -463,6 +466,8 @@ def gate_features(reduced: Reduced, prepared: Prepared) -> dict[str, float]:
         bright_share: share of its surroundings that is brighter; bright_ratio: how much brighter;
         gm_at_edge_cm2: grey matter in the outermost acquired planes, where it is most;
         head_q10, head_q25, head_q50, head_q75, head_q90: intensity quantiles of the head; air_level: mean outside it.
+        log_task_uncertainty, log_cross_entropy_per_gm, log_artefact_<name>_gm: logarithms of raw scores. An image the student
+        cannot read is in doubt by its task's part, a bad scan by its artefacts' parts: together they tell one from the other.
         What has no ground (no grey matter) is 0.
     """
     gm = max(reduced.gm_cells, 1.0)
@@ -485,7 +490,13 @@ def gate_features(reduced: Reduced, prepared: Prepared) -> dict[str, float]:
         "bright_ratio": bright / level if level > 0 else 0.0,
         "gm_at_edge_cm2": gm_at_edge_cm2(reduced, prepared),
         **_intensity_features(prepared),
+        **_doubt_features(raw_scores(reduced)),
     }
+
+
+def _doubt_features(raw: dict[str, float]) -> dict[str, float]:
+    names = ("task_uncertainty", "cross_entropy_per_gm", *(f"artefact_{name}_gm" for name in ARTEFACTS))
+    return {f"log_{name}": math.log(raw[name] + LEAST_DOUBT) for name in names}
 
 
 def gm_at_edge_cm2(reduced: Reduced, prepared: Prepared) -> float:

@@ -17,6 +17,9 @@ Array = NDArray[np.float32]
 ARTEFACTS = ("noise", "spike", "blur", "wrap", "motion")
 """The k-space artefacts, in this order everywhere: channels, tables, metrics."""
 
+MAX_SPACING_MM = 2.6
+"""Longest admitted edge of a voxel: what a rule admits unless a site says less. No rule can admit more."""
+
 
 class Verdict(StrEnum):
     """What Rescan says of one stack."""

@@ -64,7 +64,7 @@ MAX_BINS = 5
 COMBINATION_GAIN = 0.05
 """A combination of scores replaces a single one only where it lowers the error of predicted Dice by this share."""
 
-GATE_MARGIN = 0.3
+GATE_MARGIN = 0.1
 """A gate lies this share of the heads' own range beyond the outermost head of the calibration."""
 
 MAX_GATES_PER_CODE = 4
@@ -542,7 +542,7 @@ def _separating(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> ND
     mean, spread = inside.mean(axis=0), np.maximum(inside.std(axis=0), 1e-9)
     x = np.concatenate([inside, outside])
     y = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
-    model = LogisticRegression(max_iter=2000, C=0.1, class_weight="balanced").fit((x - mean) / spread, y)
+    model = LogisticRegression(max_iter=5000, C=10.0, class_weight="balanced").fit((x - mean) / spread, y)
     direction: NDArray[np.float64] = np.asarray(model.coef_[0] / spread, dtype=np.float64)
     return direction
 

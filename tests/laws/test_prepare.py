@@ -131,11 +131,12 @@ def test_maps_come_back_to_the_source_grid(head: Volume, codes: tuple[int, int, 
         (lambda v: Volume(v.voxels, v.affine * np.array([1, 1, 0, 1])), "no_geometry"),
         (lambda v: Volume(v.voxels, v.affine + np.eye(4, k=1) * 0.5), "non_orthogonal"),
         (lambda v: Volume(np.where(v.voxels > 100, np.nan, v.voxels).astype(np.float32), v.affine), "bad_pixels"),
+        (lambda v: Volume(np.ascontiguousarray(v.voxels[:, :, ::2]), v.affine @ np.diag([1, 1, 2, 1])), "thick_slices"),
         (lambda v: Volume(v.voxels[40:60, 50:80, 60:90], v.affine), "not_a_head"),
         (lambda v: Volume(np.ascontiguousarray(v.voxels[:, :, :105]), v.affine), "partial_coverage"),
         (lambda v: Volume(np.ascontiguousarray(v.voxels[:, :, 90:]), v.affine), "partial_coverage"),
     ],
-    ids=["empty", "flat", "sheared", "nan", "fragment", "no vertex", "top only"],
+    ids=["empty", "flat", "sheared", "nan", "thick", "fragment", "no vertex", "top only"],
 )
 def test_what_is_no_head_is_refused(head: Volume, spoil, code: str) -> None:
     """Each assumption that fails has its own code."""

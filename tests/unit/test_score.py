@@ -205,6 +205,15 @@ def test_gate_features_describe_the_head() -> None:
     assert 0 < features["gm_below_vertex_mm"] <= 8
 
 
+def test_gate_features_tell_doubt_about_the_image_from_artefacts() -> None:
+    """An artefact raises the logarithm of its own part and leaves that of the task where it was; none is finite too."""
+    head = made_up_head()
+    clean, bad = (gate_features(reduce_maps(made_up_maps(head, v, "blur"), head), head) for v in (0.0, 0.5))
+    assert bad["log_artefact_blur_gm"] > clean["log_artefact_blur_gm"] + 1.0
+    assert bad["log_task_uncertainty"] == clean["log_task_uncertainty"]
+    assert all(math.isfinite(v) for v in clean.values())
+
+
 def test_more_artefact_never_scores_better(subtests: pytest.Subtests) -> None:
     """Scaling any artefact's variance up raises every uncertainty made of it and lowers predicted Dice."""
     head = made_up_head()

@@ -27,6 +27,9 @@ SETS = ("simulated", "calibration", "negatives", "real", "refusal", "ladder", "i
 ORDER = (*SETS, "simulated")
 """In which they are made: what the calibration waits for comes early, the third head of each subject last."""
 
+NEGATIVE_DRAWS = 6
+"""Images of each kind that must be refused, per calibration subject: the gates are fitted to them."""
+
 
 def jobs_of(
     group: str, groups: dict[str, list[Source]], shared: Path | None, severities: dict[str, Any], small: bool
@@ -107,5 +110,5 @@ def _make_refused(
 ) -> int:
     seed = int(severities["seed"])
     if group == "negatives":
-        return make_refusal(root, group, groups["calibrate"], None, seed + 1, 1 if small else 2)
+        return make_refusal(root, group, groups["calibrate"], None, seed + 1, 1 if small else NEGATIVE_DRAWS)
     return make_refusal(root, group, groups["test"], shared, seed, 1)

@@ -231,14 +231,12 @@ def independent_jobs(subjects: list[Source], severities: dict[str, Any], heads: 
 
 
 def calibration_jobs(subjects: list[Source], severities: dict[str, Any], heads: int) -> list[Job]:
-    """Calibration heads, each clean and with three artefacts drawn as in training."""
+    """Calibration heads, each clean and with each artefact drawn as in training."""
     seed, jobs = int(severities["seed"]), []
     for i, h, name, maker in drawn_heads(subjects, "calibration", heads, seed):
-        number = h * len(subjects) + i
-        artefacts = [ARTEFACTS[(number + k * (1 + number // 5 % 4)) % 5] for k in range(3)]
         steps = [
-            Step(a, "drawn", 1, 0.0, "own", (seed, STREAMS["calibration"], 99, i, h, ARTEFACTS.index(a)))
-            for a in artefacts
+            Step(artefact, "drawn", 1, 0.0, "own", (seed, STREAMS["calibration"], 99, i, h, a))
+            for a, artefact in enumerate(ARTEFACTS)
         ]
         jobs.append(Job("calibration", name, maker, (CLEAN_STEP, *steps)))
     return jobs

@@ -143,7 +143,7 @@ def made_items(subjects: list[Any], seed: int, draws: int = 1) -> Iterator[Item]
         "cylinder": cylinder,
         "pure noise": noise,
     }
-    for i in range(3):
+    for i in range(max(3, draws)):
         for k, (kind, body) in enumerate(bodies.items()):
             rng = np.random.default_rng((seed, STREAMS["refusal"], 50, i, k))
             yield Item(f"{kind.replace(' ', '-')}-{i}", kind, REFUSE, partial(body, rng))
