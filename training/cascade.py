@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,13 @@ PROFILES = {
         CPU,
         widths=(8, 12, 16),
         crops=((32, 48, 32),) * 3,
-        steps=(400, 10, 30),
-        joint_steps=120,
+        steps=(1000, 10, 30),
+        joint_steps=100,
         rate=4e-3,
         train_cases=3,
         validation_cases=1,
         free_contrast=0.0,
-        validate_every=400,
+        validate_every=1000,
     ),
     "cpu": CPU,
     "gpu": replace(
@@ -168,51 +169,93 @@ def run(
         Names of the stages that did not meet their own criterion.
     """
     out.mkdir(parents=True, exist_ok=True)
-    samples = Samples(bank, profile, device)
-    held_out, weak = samples.validation, list[str]()
+    cascade = Cascade(Samples(bank, profile, device), out, facts, tuple(only), [])
+    # 1. The task network learns grey matter, and its own uncertainty, from clean images.
+    task = cascade.task()
+    # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part.
+    start = cascade.joint(task)
+    teachers = cascade.teachers(task, start)
+    # 3. The student learns all of it at once, from images in which any of the artefacts may be.
+    if cascade.wants("student"):
+        cascade.student(task, teachers, start)
+    return cascade.weak
 
-    def stage(name: str, network: UNet, loss: Any, validate: Any, steps: int) -> UNet:
-        if not only or name in only or not (out / f"{name}.pt").exists():
+
+@dataclass(frozen=True)
+class Cascade:
+    """The stages of one run; each returns its frozen network, trained here or read.
+
+    Attributes:
+        samples: what they learn from.
+        out, facts, only: see `run`.
+        weak: names of the stages that did not meet their own criterion so far.
+    """
+
+    samples: Samples
+    out: Path
+    facts: dict[str, Any]
+    only: tuple[str, ...]
+    weak: list[str]
+
+    @property
+    def profile(self) -> Profile:
+        """Sizes and schedule."""
+        return self.samples.profile
+
+    def wants(self, name: str) -> bool:
+        """Whether this stage is among those to train here."""
+        return not self.only or name in self.only
+
+    def task(self) -> UNet:
+        """Eq. 4 on clean images."""
+        held_out = self.samples.validation
+        network = UNet(NetworkConfig(self.profile.widths, 1))
+        return self._stage(
+            "task", network, task_loss(self.samples), lambda n: validate_task(n, held_out), self.profile.steps[0]
+        )
+
+    def joint(self, task: UNet) -> UNet:
+        """What the teachers and the student start from: a trunk that learnt all artefacts, or the task's."""
+        if not self.profile.joint_steps:
+            return task
+        held_out, loss = self.samples.validation, joint_loss(self.samples, task)
+        network = _student_network(self.profile, task)
+        return self._stage("joint", network, loss, lambda n: validate_student(n, held_out), self.profile.joint_steps)
+
+    def teachers(self, task: UNet, start: UNet) -> list[UNet]:
+        """Eq. 6, one artefact each; only those that are trained here or that the student needs."""
+        held_out, trained = self.samples.validation, []
+        for i, artefact in enumerate(ARTEFACTS):
+            name = f"teacher_{artefact}"
+            if not self.wants(name) and not self.wants("student"):
+                continue
+            teacher, loss = UNet(NetworkConfig(self.profile.widths, 2)), teacher_loss(self.samples, artefact, task)
+            warm_start(teacher, teacher_weights(start, i))
+            judge = partial(validate_teacher, cases=held_out, artefact=artefact)
+            trained.append(self._stage(name, teacher, loss, judge, self.profile.steps[1]))
+        return trained
+
+    def student(self, task: UNet, teachers: Sequence[UNet], start: UNet) -> UNet:
+        """The sum of Eq. 6 over the artefacts, against the frozen teachers."""
+        held_out, loss = self.samples.validation, student_loss(self.samples, task, teachers)
+        network = _student_network(self.profile, start)
+        return self._stage("student", network, loss, lambda n: validate_student(n, held_out), self.profile.steps[2])
+
+    def _stage(self, name: str, network: UNet, loss: Any, validate: Any, steps: int) -> UNet:
+        """Train a stage, or read it where it is finished or not wanted here; frozen."""
+        if self.wants(name) or not (self.out / f"{name}.pt").exists():
+            profile = self.profile
             tuned = profile.joint_steps and name not in ("task", "joint")
             rate = profile.rate * (FINE_TUNE if tuned else 1.0)
             segments = TEACHER_SEGMENTS if name.startswith("teacher") else profile.segments
             schedule = Schedule(steps, rate, profile.eps, segments)
-            picture = _picture(held_out[0], network.config.variances, name)
+            picture = _picture(self.samples.validation[0], network.config.variances, name)
             what = Stage(name, network, loss, validate, schedule, picture)
-            last = train(what, out, device, profile.validate_every, facts)
+            last = train(what, self.out, self.samples.device, profile.validate_every, self.facts)
             if not last["validation"].get("converged", 1.0):
-                weak.append(name)
-        frozen: UNet = load_network(out / f"{name}.pt")[0].requires_grad_(False)
-        return frozen.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload,no-any-return]
-
-    # 1. The task network learns grey matter, and its own uncertainty, from clean images.
-    task = UNet(NetworkConfig(profile.widths, 1))
-    task = stage("task", task, task_loss(samples), lambda n: validate_task(n, held_out), profile.steps[0])
-
-    # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part.
-    start = task
-    if profile.joint_steps:
-        start = _student_network(profile, task)
-        start = stage(
-            "joint", start, joint_loss(samples, task), lambda n: validate_student(n, held_out), profile.joint_steps
-        )
-    teachers = []
-    for i, artefact in enumerate(ARTEFACTS):
-        name, teacher = f"teacher_{artefact}", UNet(NetworkConfig(profile.widths, 2))
-        if only and name not in only and "student" not in only:
-            continue
-        warm_start(teacher, teacher_weights(start, i))
-        loss = teacher_loss(samples, artefact, task)
-        teachers.append(
-            stage(name, teacher, loss, lambda n, a=artefact: validate_teacher(n, held_out, a), profile.steps[1])
-        )
-    if only and "student" not in only:
-        return weak
-
-    # 3. The student learns all of it at once, from images in which any of the artefacts may be.
-    student, loss = _student_network(profile, start), student_loss(samples, task, teachers)
-    stage("student", student, loss, lambda n: validate_student(n, held_out), profile.steps[2])
-    return weak
+                self.weak.append(name)
+        frozen: UNet = load_network(self.out / f"{name}.pt")[0].requires_grad_(False)
+        return frozen.to(self.samples.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload,no-any-return]
 
 
 def _picture(case: Case, variances: int, name: str) -> Any:

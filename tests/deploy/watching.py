@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -31,11 +32,7 @@ class Prometheus:
         if program is None:
             pytest.skip("prometheus is not installed (Debian package prometheus)")
         folder.mkdir(parents=True)
-        rules = (
-            RULES.read_text(encoding="utf-8")
-            .replace("interval: 10m", "interval: 1s")
-            .replace("interval: 1m", "interval: 1s")
-        )
+        rules = re.sub(r"^( +interval:) .*$", r"\1 1s", RULES.read_text(encoding="utf-8"), flags=re.MULTILINE)
         (folder / "rules.yml").write_text(rules, encoding="utf-8")
         config = {
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},

@@ -226,8 +226,8 @@ def test_the_network_sees_the_same_head_however_it_was_sliced_and_stored(
     from daemon.prepare import prepare
     from tests.builders import head_phantom
 
-    head = head_phantom((64, 56, 48), 4.0)
-    spacing = (4.0, 4.0, 4.0)
+    head = head_phantom((102, 90, 77), 2.5)
+    spacing = (2.5, 2.5, 2.5)
     plan = Plan(reverse_rows=reverse)
     images = (
         [build_enhanced(head, spacing, plane, plan=plan)]
