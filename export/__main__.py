@@ -1,4 +1,4 @@
-"""The `rescan-export` command: `onnx`, `card`, `parity`, `tensorrt`."""
+"""The `rescan-export` command: `onnx`, `checkpoint`, `card`, `parity`, `tensorrt`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rescan-export {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_onnx(commands)
+    _add_checkpoint(commands)
     _add_card(commands)
     _add_parity(commands)
     _add_tensorrt(commands)
@@ -90,6 +91,26 @@ def _onnx(args: argparse.Namespace) -> int:
         f"calibration {'inside' if card.calibration else 'none: it cannot be served yet'}",
         file=sys.stderr,
     )
+    return 0
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("checkpoint", help="one .onnx file -> a student checkpoint to train further")
+    parser.add_argument("file", type=Path, help="a model file")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the .pt file to write")
+    parser.set_defaults(func=_checkpoint)
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from daemon.card import read_model
+    from export.unfold import read_graph, unfold
+    from training.network import save_network
+
+    model = read_model(args.file)
+    network = unfold(read_graph(model.data), model.card.temperature)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_network(network, args.out, stage="student", origin=f"{model.card.name} {model.card.version}")
+    print(f"{args.out}: the student of {args.file.name}, for rescan-train cascade --start", file=sys.stderr)
     return 0
 
 

@@ -135,7 +135,8 @@ def _add_cascade(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     p = commands.add_parser("cascade", help="train task, teachers and student; resumes after an interruption")
     _add_data(p)
     p.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and pictures")
-    p.add_argument("--profile", default="cpu", help="smoke (3 minutes), cpu (hours), gpu, paper")
+    p.add_argument("--profile", default="cpu", help="smoke (3 minutes), cpu (hours), gpu, paper; tune, with --start")
+    p.add_argument("--start", type=Path, metavar="STUDENT", help="go on from this student (rescan-export checkpoint)")
     p.add_argument("--bank", type=Path, help="folder of the bank (default: OUT/bank); made first where it is missing")
     p.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="train these stages only, e.g. teacher_noise")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda")
@@ -151,6 +152,7 @@ def cascade_command(args: argparse.Namespace) -> int:
     from training.loop import processes, rank, wait_for_all
 
     profile = find_profile(args.profile)
+    first = start_student(args.start, profile.widths, profile.steps[0])
     if args.likelihood:
         profile = replace(profile, likelihood=args.likelihood)
     bank = args.bank or args.out / "bank"
@@ -159,10 +161,30 @@ def cascade_command(args: argparse.Namespace) -> int:
     grow_bank(args.data, bank, args.profile, rank(), processes())
     wait_for_all()
     facts = {"profile": args.profile, "data": Path(args.data).name, "commit": commit(), "device": str(device)}
-    weak = run(bank, args.out, profile, device, facts, args.only)
+    weak = run(bank, args.out, profile, device, facts, args.only, first)
     for name in weak:
         print(f"not converged by its own criterion: {name} (see {name}.curve.jsonl)", file=sys.stderr)
     return 1 if weak and args.profile != "smoke" else 0
+
+
+def start_student(path: Path | None, widths: tuple[int, ...], task_steps: int):  # type: ignore[no-untyped-def]
+    """The student to go on from, or None.
+
+    Raises:
+        ValueError: none where the profile needs one, or one of another size.
+    """
+    from training.network import load_network
+
+    if path is None:
+        if not task_steps:
+            raise ValueError("--profile tune: goes on from a trained student; give it with --start STUDENT.pt")
+        return None
+    if not path.is_file():
+        raise ValueError(f"--start {path}: no such file; make one with rescan-export checkpoint")
+    student = load_network(path)[0]
+    if student.config.widths != widths or student.config.variances != 6:
+        raise ValueError(f"--start {path}: a student of widths {widths} is needed, this has {student.config.widths}")
+    return student
 
 
 def choose_device(name: str):  # type: ignore[no-untyped-def]

@@ -110,6 +110,15 @@ PROFILES = {
         validate_every=1000,
     ),
     "cpu": CPU,
+    "tune": replace(
+        CPU,
+        steps=(0, 40, 280),
+        joint_steps=3600,
+        rate=1.5e-3,
+        train_cases=60,
+        validation_cases=4,
+        validate_every=600,
+    ),
     "gpu": replace(
         CPU,
         widths=(16, 32, 64, 128, 128),
@@ -153,7 +162,13 @@ def find_profile(name: str) -> Profile:
 
 
 def run(
-    bank: Path, out: Path, profile: Profile, device: torch.device, facts: dict[str, Any], only: Sequence[str] = ()
+    bank: Path,
+    out: Path,
+    profile: Profile,
+    device: torch.device,
+    facts: dict[str, Any],
+    only: Sequence[str] = (),
+    first: UNet | None = None,
 ) -> list[str]:
     """Train the cascade; stages that are finished are read, not repeated.
 
@@ -164,12 +179,13 @@ def run(
         facts: what each checkpoint shall say of its origin.
         out: leaves `task.pt`, `teacher_<artefact>.pt`, `student.pt` and their curves.
         only: names of stages to train here (teachers may run side by side on several devices); empty: all.
+        first: a trained student to go on from; None: train the task network, and start from that.
 
     Returns:
         Names of the stages that did not meet their own criterion.
     """
     out.mkdir(parents=True, exist_ok=True)
-    cascade = Cascade(Samples(bank, profile, device), out, facts, tuple(only), [])
+    cascade = Cascade(Samples(bank, profile, device), out, facts, tuple(only), [], first)
     # 1. The task network learns grey matter, and its own uncertainty, from clean images.
     task = cascade.task()
     # 2. Each teacher learns what one artefact adds to it; the frozen task network fixes the task's part.
@@ -189,6 +205,7 @@ class Cascade:
         samples: what they learn from.
         out, facts, only: see `run`.
         weak: names of the stages that did not meet their own criterion so far.
+        first: a trained student to go on from, or None.
     """
 
     samples: Samples
@@ -196,6 +213,7 @@ class Cascade:
     facts: dict[str, Any]
     only: tuple[str, ...]
     weak: list[str]
+    first: UNet | None = None
 
     @property
     def profile(self) -> Profile:
@@ -207,9 +225,11 @@ class Cascade:
         return not self.only or name in self.only
 
     def task(self) -> UNet:
-        """Eq. 4 on clean images."""
+        """Eq. 4 on clean images; of a student to go on from, its task part."""
         held_out = self.samples.validation
         network = UNet(NetworkConfig(self.profile.widths, 1))
+        if self.first is not None:
+            warm_start(network, task_weights(self.first))
         return self._stage(
             "task", network, task_loss(self.samples), lambda n: validate_task(n, held_out), self.profile.steps[0]
         )
@@ -219,7 +239,7 @@ class Cascade:
         if not self.profile.joint_steps:
             return task
         held_out, loss = self.samples.validation, joint_loss(self.samples, task)
-        network = _student_network(self.profile, task)
+        network = _student_network(self.profile, self.first or task)
         return self._stage("joint", network, loss, lambda n: validate_student(n, held_out), self.profile.joint_steps)
 
     def teachers(self, task: UNet, start: UNet) -> list[UNet]:
@@ -270,6 +290,14 @@ def _student_network(profile: Profile, start: UNet) -> UNet:
     network = UNet(NetworkConfig(profile.widths, 1 + len(ARTEFACTS)))
     warm_start(network, start.state_dict())
     return network
+
+
+def task_weights(student: UNet) -> dict[str, Tensor]:
+    """A student's weights without the variances of its artefacts."""
+    weights = dict(student.state_dict())
+    for part in ("log_variance.weight", "log_variance.bias"):
+        weights[part] = weights[part][:1]
+    return weights
 
 
 def teacher_weights(start: UNet, artefact: int) -> dict[str, Tensor]:

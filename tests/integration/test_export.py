@@ -26,6 +26,7 @@ from export.interpret import TorchGraph
 from export.onnx import ExportError, Facts, read_facts
 from export.parity import Row, admit, compare, outcome, relative_rms, row, table, to_maps
 from export.reducer import RESULTS, build_reducer
+from export.unfold import unfold
 from tests.model_builders import made_up_card, made_up_head, made_up_maps
 from tests.small_student import calibration
 from training.network import NetworkConfig, UNet, conv_gflop, save_network
@@ -61,6 +62,16 @@ def test_folding_is_exact(network: UNet, up: str) -> None:
         found = fold(network, 1.3, up)(image())
     for ours, theirs in zip(found, expected_maps(network, image(), 1.3), strict=True):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=2e-4, atol=1e-6)
+
+
+def test_the_way_back_gives_the_same_maps(network: UNet, graph: onnx.ModelProto) -> None:
+    """Checkpoint -> graph -> checkpoint: other parameters, the same function; a foreign graph is refused."""
+    again = unfold(graph, 1.3)
+    assert again.config == network.config
+    for ours, theirs in zip(expected_maps(again, image(), 1.3), expected_maps(network, image(), 1.3), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    with pytest.raises(GraphError, match="not the graph of a student"):
+        unfold(onnx.ModelProto(), 1.3)
 
 
 def test_one_graph_runs_at_every_size(network: UNet, graph: onnx.ModelProto) -> None:
