@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from daemon.completeness import Complete
 from daemon.config import load
 from daemon.geometry import Geometry
 from daemon.reasons import REASONS
 from daemon.rules import Rule, RuleError, default_rule, first_failure, load_rules, match_rule, what_it_is
-from daemon.series import Complete, Stack
+from daemon.stack import Stack
 from daemon.volume import build_volume, find_files, is_nifti, read_dicom, read_nifti, stacks_from_files
 from daemon.words import Reason, Refusal, Volume
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from daemon import judge as judging
 from daemon.calibration import SiteCalibration
 from daemon.card import Card
+from daemon.completeness import State
 from daemon.config import UNKNOWN_SCANNER, AlertMode, Settings
 from daemon.header import Frame, Header
 from daemon.ledger import Last
@@ -26,8 +27,9 @@ from daemon.result import Identity, Said, SiteKey, build_result
 from daemon.rules import Rule, match_rule
 from daemon.score import WorstSlice
 from daemon.scorer import Scored
-from daemon.series import Action, Assembly, Evidence, Judge, Refuse, Stack, State
+from daemon.series import Assembly
 from daemon.spool import AssociationEnded, StoredInstance
+from daemon.stack import Action, Evidence, Judge, Refuse, Stack
 from daemon.words import Reason, Refusal, Verdict
 
 Record = StoredInstance | AssociationEnded

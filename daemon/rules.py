@@ -17,7 +17,7 @@ from typing import Any
 from daemon.geometry import PLANE_NAMES, Geometry
 from daemon.header import MATCHABLE, SUPPORTED, Header
 from daemon.reasons import REASONS
-from daemon.series import Stack
+from daemon.stack import Stack
 from daemon.words import MAX_SPACING_MM, Reason
 
 Range = tuple[float, float]

@@ -15,6 +15,7 @@ import numpy as np
 
 from daemon.calibration import FILE_NAME, CalibrationError, in_force, load_site
 from daemon.card import CardError
+from daemon.completeness import Complete
 from daemon.config import Engine, load
 from daemon.engines import EngineError
 from daemon.flow import Served, content_hash, make_result
@@ -22,7 +23,7 @@ from daemon.prepare import to_source_grid
 from daemon.result import SiteKey
 from daemon.rules import Rule, RuleError, default_rule, load_rules, match_rule
 from daemon.scorer import Scored, Seen, look_at, maps_of, open_student
-from daemon.series import Complete, Stack
+from daemon.stack import Stack
 from daemon.student import Student
 from daemon.volume import volumes_from_path
 from daemon.words import ARTEFACTS, Array, Reason, Refusal, Volume

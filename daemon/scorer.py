@@ -27,8 +27,8 @@ from daemon.prepare import Prepared, prepare
 from daemon.reader import spool_folder
 from daemon.reasons import REASONS
 from daemon.score import Scores, score_maps, score_reduced
-from daemon.series import Stack
 from daemon.spool import SpoolReader
+from daemon.stack import Stack
 from daemon.student import Student
 from daemon.volume import build_volume
 from daemon.words import Maps, Reason, Refusal, Volume

@@ -22,8 +22,9 @@ from daemon.geometry import Geometry
 from daemon.header import Header, read_header
 from daemon.prepare import MAX_VOXELS
 from daemon.reasons import REASONS
-from daemon.series import Stack, stacks_of
+from daemon.series import stacks_of
 from daemon.spool import StoredInstance
+from daemon.stack import Stack
 from daemon.words import Array, Refusal, Volume
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")

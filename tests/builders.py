@@ -13,8 +13,9 @@ from pydicom.dataset import Dataset
 from daemon.config import Settings
 from daemon.dicom_write import Plan, classic_series, enhanced_image, part10
 from daemon.header import Header, read_header
-from daemon.series import Action, Assembly, Stack, stacks_of
+from daemon.series import Assembly, stacks_of
 from daemon.spool import AssociationEnded, StoredInstance
+from daemon.stack import Action, Stack
 from daemon.volume import build_volume
 from daemon.words import Volume
 

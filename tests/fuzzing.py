@@ -16,8 +16,9 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000
 from daemon.dicom_write import Plan, part10
 from daemon.header import Header, read_header
 from daemon.rules import match_rule
-from daemon.series import Stack, stacks_of
+from daemon.series import stacks_of
 from daemon.spool import StoredInstance
+from daemon.stack import Stack
 from daemon.volume import build_volume
 from daemon.words import Refusal, Volume
 from tests.builders import build_classic_series, build_enhanced

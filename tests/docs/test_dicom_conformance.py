@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydicom.uid import UID
 
+from daemon.completeness import TABLE, Effect, Event, State
 from daemon.config import CompletenessSettings
 from daemon.decode import MAX_INSTANCE_BYTES, MAX_SIDE, TRANSFER_SYNTAXES
 from daemon.header import MAX_FRAMES, SUPPORTED
@@ -18,7 +19,7 @@ from daemon.reasons import ADVICE, COMPLETENESS, REASONS, REFUSALS
 from daemon.receive import STATUSES
 from daemon.receive import TRANSFER_SYNTAXES as ACCEPTED
 from daemon.rules import DEFAULT_RULE, Rule, load_rules
-from daemon.series import LATE_LIMIT_S, TABLE, Effect, Event, State
+from daemon.series import LATE_LIMIT_S
 
 PAGE = (Path(__file__).parents[2] / "docs" / "dicom-conformance.md").read_text(encoding="utf-8")
 
@@ -66,7 +67,7 @@ def test_the_evidence_of_completeness() -> None:
 
 
 def test_the_table_of_states_and_events() -> None:
-    """Row by row as in `daemon/series.py`."""
+    """Row by row as in `daemon/completeness.py`."""
     written = {row[0]: row[1:] for row in rows("When a stack is complete", 1)}
     assert list(written) == [event.value for event in Event]
     for event in Event:

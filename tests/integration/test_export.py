@@ -29,6 +29,7 @@ from export.reducer import RESULTS, build_reducer
 from export.unfold import unfold
 from tests.model_builders import made_up_card, made_up_head, made_up_maps
 from tests.small_student import calibration
+from training.__main__ import start_student
 from training.network import NetworkConfig, UNet, conv_gflop, save_network
 
 SMALL = (16, 24, 32)
@@ -72,6 +73,23 @@ def test_the_way_back_gives_the_same_maps(network: UNet, graph: onnx.ModelProto)
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
     with pytest.raises(GraphError, match="not the graph of a student"):
         unfold(onnx.ModelProto(), 1.3)
+
+
+def test_what_training_goes_on_from_is_checked(network: UNet, tmp_path: Path) -> None:
+    """`--start`: one line for what is missing, not there or of another size; the right one is read."""
+    file = tmp_path / "start.pt"
+    save_network(network, file, stage="student")
+    started = start_student(file, network.config.widths, 0)
+    assert started is not None
+    assert started.config == network.config
+    for path, widths, steps, message in (
+        (None, network.config.widths, 0, "give it with --start"),
+        (tmp_path / "none.pt", network.config.widths, 0, "none.pt: no such file"),
+        (file, (8, 8), 0, "a student of widths"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            start_student(path, widths, steps)
+    assert start_student(None, network.config.widths, 100) is None
 
 
 def test_one_graph_runs_at_every_size(network: UNet, graph: onnx.ModelProto) -> None:

@@ -13,8 +13,8 @@ from pydicom.sequence import Sequence
 from daemon.geometry import Geometry
 from daemon.header import read_header
 from daemon.rules import DEFAULT_RULE, Rule, match_rule
-from daemon.series import Stack
 from daemon.simulate import MAKERS
+from daemon.stack import Stack
 from daemon.words import Reason, Refusal
 from tests.builders import Feed, build, build_classic_series, build_enhanced, every, little_stack, part10, stacks_in
 

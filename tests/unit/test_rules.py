@@ -10,7 +10,7 @@ from daemon import rules as ruling
 from daemon.header import MATCHABLE
 from daemon.reasons import REASONS
 from daemon.rules import DEFAULT_RULE, Rule, RuleError, default_rule, load_rules, match_rule, rule_from_dict
-from daemon.series import Stack
+from daemon.stack import Stack
 from daemon.words import Reason
 from tests.builders import little_stack, stacks_in
 

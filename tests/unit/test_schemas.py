@@ -20,7 +20,7 @@ from daemon.ledger import Ledger
 from daemon.result import TIMINGS, Identity
 from daemon.score import SCORES, Scores, WorstSlice
 from daemon.scorer import Scored
-from daemon.series import Evidence
+from daemon.stack import Evidence
 from daemon.watch import Board, render
 from daemon.words import ARTEFACTS, Reason, Verdict
 from tests.event_builders import SHA256, START, reference, result

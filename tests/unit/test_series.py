@@ -8,11 +8,13 @@ import random
 import numpy as np
 import pytest
 
+from daemon.completeness import TABLE, Complete, Effect, Event, State
 from daemon.config import CompletenessSettings, ScannerSettings, Settings
 from daemon.header import Header
 from daemon.reasons import COMPLETENESS
-from daemon.series import TABLE, Assembly, Complete, Effect, Event, Judge, Refuse, State
+from daemon.series import Assembly
 from daemon.simulate import conflicting
+from daemon.stack import Judge, Refuse
 from daemon.words import Reason, Refusal
 from tests.builders import Feed, build_enhanced, every, head_phantom, instance_of, little_stack
 

@@ -7,8 +7,9 @@ import pickle
 import pytest
 from pydicom.dataset import Dataset
 
-from daemon.series import FORGET_S, PACK_AGAIN_S, Judge
+from daemon.series import FORGET_S, PACK_AGAIN_S
 from daemon.series_pack import pack, unpack
+from daemon.stack import Judge
 from tests.builders import Feed, every, instance_of, little_stack
 
 
