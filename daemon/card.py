@@ -111,7 +111,8 @@ class Calibration:
         risk: summands of the risk, the one number that predicted Dice and Test B are functions of.
         dice: risk -> predicted Dice, decreasing.
         bounds: conformal offsets in order of rising risk.
-        bound_rate: each bound of predicted Dice is exceeded by at most this share of scans.
+        bound_rate: each bound of predicted Dice is exceeded by at most this share of scans; and Test A fires on at most this
+            share of the scans that reach what is required.
         required_dice: the default requirement, fixed before calibration.
         alarm_risk: Test B fires above this risk: an order statistic of clean scans.
         alarm_rate: stated false-alarm rate of Test B.
@@ -124,6 +125,8 @@ class Calibration:
         volume_width: risk -> multiplier of the independent-voxel error of grey-matter volume (95 % interval), increasing.
         gates: refusal rules of the image.
         samples: how many scans, subjects and which seeds it was fitted with.
+        acceptable_risk: required Dice -> the risk above which Test A fires, falling: an order statistic of the scans that
+            reach this Dice. None: Test A compares the upper bound of predicted Dice instead.
     """
 
     population: str
@@ -142,6 +145,7 @@ class Calibration:
     volume_width: Knots
     gates: tuple[Gate, ...]
     samples: dict[str, Any] = field(default_factory=dict)
+    acceptable_risk: Knots | None = None
 
 
 @dataclass(frozen=True)
@@ -322,6 +326,10 @@ def check_calibration(calibration: Calibration, source: str) -> None:
         (len(c.risk) > 0 and all(t.weight >= 0 and t.floor > 0 for t in c.risk), "risk needs weights >= 0, floors > 0"),
         (_is_monotone(c.dice, rising=False), "dice knots must rise in x and fall in y"),
         (_is_monotone(c.volume_width, rising=True), "volume_width knots must rise in x and in y"),
+        (
+            c.acceptable_risk is None or _is_monotone(c.acceptable_risk, rising=False),
+            "acceptable_risk knots must rise in x and fall in y",
+        ),
         (len(c.bounds) > 0 and all(b.low <= 0 <= b.high for b in c.bounds), "bounds need low <= 0 <= high"),
         (0 < c.required_dice < 1, "required_dice must lie in (0, 1)"),
         (len(c.artefact_clean) == len(ARTEFACTS), "artefact_clean needs one number per artefact"),

@@ -2,7 +2,7 @@
 
 Two tests with stated error rates, both from the card's calibration (a site may have its own):
 
-* Test A: the upper conformal bound of predicted Dice lies below what the rule requires.
+* Test A: the risk exceeds an order statistic of the scans that reach what the rule requires (docs/decisions/0091).
 * Test B: the risk exceeds an order statistic of clean scans.
 
 Both fire: `RESCAN`. One of them: `REVIEW`. None: `PASS`. An image that is no head of a known contrast, or a model without
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from daemon.calibration import SiteCalibration
 from daemon.card import Calibration, Card, Gate
-from daemon.score import MIN_GM_ML, Scores
+from daemon.score import MIN_GM_ML, Scores, interpolate
 from daemon.words import Reason, Verdict
 
 MIN_DOMINANT_SCORE = 0.25
@@ -158,7 +158,7 @@ def judge(
     if gate is not None:
         reason = Reason(gate.code, GATE_TEXT.get(gate.code, gate.code))
         return Judgement(Verdict.CANNOT_JUDGE, (reason,), (ADVICE_BY_HAND,), None, required, level)
-    below = test_a(scores, required, site)
+    below = test_a(scores, required, calibration, site)
     unusual = test_b(scores, calibration, site)
     missing = _missing(evidence)
     verdict = _verdict(below, unusual, missing)
@@ -191,15 +191,17 @@ def judge(
     )
 
 
-def test_a(scores: Scores, required_dice: float, site: SiteCalibration | None = None) -> bool:
-    """Whether the upper bound of predicted Dice lies below the requirement.
+def test_a(scores: Scores, required_dice: float, calibration: Calibration, site: SiteCalibration | None = None) -> bool:
+    """Whether the scan looks worse than those that reach the requirement.
 
     Fires on an acceptable scan with at most the probability `Calibration.bound_rate`, in the population of the calibration.
+    Where a site knows Dice, or the card has no order statistics, the upper bound of predicted Dice is compared instead.
     """
-    high = scores.values["predicted_dice_high"]
     if site is not None and site.dice_high is not None:
-        high = min(scores.values["predicted_dice"] + site.dice_high, 1.0)
-    return high < required_dice
+        return scores.values["predicted_dice"] + site.dice_high < required_dice
+    if calibration.acceptable_risk is None:
+        return scores.values["predicted_dice_high"] < required_dice
+    return scores.risk is not None and scores.risk > interpolate(calibration.acceptable_risk, required_dice)
 
 
 def test_b(scores: Scores, calibration: Calibration, site: SiteCalibration | None = None) -> bool:
@@ -265,12 +267,10 @@ def _test_reasons(
     )
     reasons = []
     if below:
-        reasons.append(
-            Reason(
-                "dice_below_required",
-                f"The grey-matter segmentation of this scan is {predicted}.",
-            )
-        )
+        text = f"The grey-matter segmentation of this scan is {predicted}."
+        if v["predicted_dice_high"] >= required:
+            text += f" Of scans that reach it, at most {100 * calibration.bound_rate:.0f} % are this uncertain."
+        reasons.append(Reason("dice_below_required", text))
     if unusual:
         rate = calibration.alarm_rate if site is None else site.alarm_rate
         text = f"Its artefact uncertainty is higher than that of {100 * (1 - rate):.0f} % of clean scans."

@@ -143,6 +143,7 @@ RAW_SCORES = (
     "entropy",
     "entropy_gm",
     "cross_entropy_per_gm",
+    "expected_dice_loss",
     *(f"artefact_{name}_gm" for name in ARTEFACTS),
 )
 """What a risk can be made of: scores that need no calibration."""
@@ -181,6 +182,7 @@ SUMS = (
     "entropy_fov",
     "entropy_region",
     "gm_sum",
+    "gm_sum_inside",
     "gm_variance",
     "confidence_head",
     "gm_intensity",
@@ -202,7 +204,7 @@ class Reduced:
         artefact_fov, artefact_region: (5,) float64, sums of sigma_i^2.
         task_region: sum of sigma_t^2.
         entropy_fov, entropy_region: sums in nat.
-        gm_sum, gm_variance: sums of p and of p(1-p) over the field of view.
+        gm_sum, gm_variance: sums of p and of p(1-p) over the field of view. gm_sum_inside: of p over predicted grey matter.
         confidence_head: sum over the head of max(p, 1-p).
         gm_intensity, gm_intensity_square: sums over grey matter.
         ring_cells, bright_cells, bright_intensity: the surroundings of grey matter, and the brighter part of them.
@@ -220,6 +222,7 @@ class Reduced:
     entropy_fov: float
     entropy_region: float
     gm_sum: float
+    gm_sum_inside: float
     gm_variance: float
     confidence_head: float
     gm_intensity: float
@@ -346,6 +349,7 @@ def reduce_maps(maps: Maps, prepared: Prepared, affected_variance: float = math.
         entropy_fov=_sum(entropy[fov]),
         entropy_region=_sum(entropy[region]),
         gm_sum=_sum(p_fov),
+        gm_sum_inside=_sum(p[gm]),
         gm_variance=_sum(p_fov * (1.0 - p_fov)),
         confidence_head=_sum(np.maximum(p, 1.0 - p)[head]),
         gm_intensity=_sum(gm_values),
@@ -387,6 +391,8 @@ def raw_scores(reduced: Reduced) -> dict[str, float]:
     # Expected cross entropy: the entropy is what the segmentation admits, half the artefacts' variance what they add (at
     # the minimum of Eq. 4, sigma^2 = 2 CE). Per grey matter, as Dice is: a tighter box makes no better scan.
     doubt = reduced.entropy_fov + float(reduced.artefact_fov.sum()) / 2.0
+    # Dice of the mask p > 0.5 with a truth drawn from p: expected overlap over expected size (docs/decisions/0090).
+    expected_dice = 2.0 * reduced.gm_sum_inside / max(reduced.gm_cells + reduced.gm_sum, TINY)
     per_artefact = reduced.artefact_region / region
     return {
         "artefact_uncertainty": float(reduced.artefact_fov.sum() / fov),
@@ -395,6 +401,7 @@ def raw_scores(reduced: Reduced) -> dict[str, float]:
         "entropy": reduced.entropy_fov / fov,
         "entropy_gm": reduced.entropy_region / region,
         "cross_entropy_per_gm": doubt / max(reduced.gm_sum, 1.0),
+        "expected_dice_loss": max(1.0 - expected_dice, 0.0),
         **{f"artefact_{name}_gm": float(per_artefact[i]) for i, name in enumerate(ARTEFACTS)},
     }
 

@@ -68,6 +68,9 @@ GATE_MARGIN = 0.1
 """A gate lies this share of the heads' own range beyond the outermost head of the calibration."""
 
 MAX_GATES_PER_CODE = 4
+REQUIREMENTS = np.round(np.arange(0.0, 1.0, 0.01), 2)
+"""Required Dice for which Test A is prepared; in between the limit is interpolated."""
+
 LOGIT_EDGES = np.linspace(-12.0, 12.0, 97)
 
 
@@ -213,8 +216,9 @@ def fit_calibration(samples: Sequence[Sample], population: str, seed: int = 0) -
     partial = _Partial(risk)
     dice = fit_dice(fit, partial)
     clean, unmixing, accuracy = fit_artefacts(fit)
-    # A single score was not fitted to anything, so all clean heads may bound it; a combination only those it has not seen.
-    alarm = fit_alarm(sorted(partial.risk(s) for s in one_per_head(heads if len(risk) == 1 else bound)))
+    # A single score was not fitted to anything, so all heads may bound it; a combination only those it has not seen.
+    unseen = heads if len(risk) == 1 else bound
+    alarm = fit_alarm(sorted(partial.risk(s) for s in one_per_head(unseen)))
     calibration = Calibration(
         population=population,
         risk=risk,
@@ -232,6 +236,7 @@ def fit_calibration(samples: Sequence[Sample], population: str, seed: int = 0) -
         volume_width=fit_volume_width(bound, partial),
         gates=fit_gates(samples),
         samples=_counts(samples, fit, bound, seed, accuracy, required),
+        acceptable_risk=fit_acceptable(unseen, partial),
     )
     check_calibration(calibration, "calibration")
     return calibration
@@ -266,6 +271,34 @@ def fit_alarm(risks: Sequence[float]) -> Alarm:
     return Alarm(risks[rank - 1], CONFIDENCE, n)
 
 
+def fit_acceptable(scans: Sequence[Sample], partial: _Partial) -> Knots | None:
+    """Test A: for each Dice that may be required, the risk that at most `RATE` of the scans which reach it exceed.
+
+    An order statistic of the scans that reach it, so that the rate holds with `CONFIDENCE`; where they are too few for that
+    the table ends. An alert on the upper bound of predicted Dice keeps the same promise and misses more: it must hold for
+    every scan's own Dice, this one only for the requirement.
+
+    Returns:
+        Required Dice -> risk, falling; None with fewer than 59 scans.
+
+    Source: Tong, Feng, Li, Sci. Adv. 4:eaao1659 (2018), the umbrella of Neyman-Pearson classification.
+    """
+    dice = np.array([s.dice or 0.0 for s in scans])
+    risk = np.array([partial.risk(s) for s in scans])
+    required, limits = [], []
+    for asked in REQUIREMENTS:
+        reach = np.sort(risk[dice >= asked])
+        rank = order_statistic_rank(len(reach), RATE, CONFIDENCE)
+        if rank is None:
+            break
+        required.append(float(asked))
+        limits.append(float(reach[rank - 1]))
+    if not required:
+        return None
+    falling = np.maximum.accumulate(limits[::-1])[::-1]
+    return Knots(tuple(required), tuple(round(float(v), 6) for v in falling))
+
+
 def split_heads(heads: Sequence[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
     """Two halves by head: every scan of a head falls in the same half.
 
@@ -292,7 +325,7 @@ def required_dice(heads: Iterable[Sample]) -> float:
     return round(float(np.percentile(clean, REQUIRED_PERCENTILE)) - REQUIRED_MARGIN, 4)
 
 
-SINGLES = ("cross_entropy_per_gm", "artefact_uncertainty", "artefact_uncertainty_gm")
+SINGLES = ("expected_dice_loss", "cross_entropy_per_gm", "artefact_uncertainty", "artefact_uncertainty_gm")
 """Scores that may be the risk by themselves."""
 
 

@@ -112,8 +112,8 @@ PROFILES = {
     "cpu": CPU,
     "tune": replace(
         CPU,
-        steps=(0, 40, 280),
-        joint_steps=3600,
+        steps=(0, 40, 240),
+        joint_steps=2400,
         rate=1.5e-3,
         train_cases=60,
         validation_cases=4,

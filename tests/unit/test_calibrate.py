@@ -26,6 +26,7 @@ from training.calibrate import (
     Sample,
     _Partial,
     decide,
+    fit_acceptable,
     fit_alarm,
     fit_bounds,
     fit_calibration,
@@ -109,6 +110,25 @@ def test_the_stated_rates_hold_on_new_heads(fitted) -> None:
     assert np.mean(clean) <= 0.05 + 2 * 0.011
     error = np.mean([abs(s.dice - d["predicted_dice"]) for s, d in found])
     assert error < 0.03
+
+
+def test_scans_that_reach_the_requirement_are_seldom_accused(fitted) -> None:
+    """On 400 unseen heads: at every requirement at most 5 % of those that reach it, and more found than by the upper bound."""
+    new = [(s, decide(s, fitted)) for s in population(400, seed=7, first=500)]
+    for required in (0.6, 0.7, 0.75, 0.8):
+        limit = interpolate(fitted.acceptable_risk, required)
+        reach = [d["risk"] > limit for s, d in new if s.dice >= required]
+        assert np.mean(reach) <= 0.05 + 2 * 0.008
+        poor = [d for s, d in new if s.dice < required]
+        high = [next(b.high for b in fitted.bounds if d["risk"] <= b.risk_upto) + d["predicted_dice"] for d in poor]
+        assert sum(d["risk"] > limit for d in poor) > sum(h < required for h in high)
+
+
+def test_too_few_scans_leave_test_a_to_the_bounds() -> None:
+    """Fewer than 59 scans have no order statistic of 5 % at 95 % confidence."""
+    partial = _Partial((Term("artefact_uncertainty_gm", 1.0, 1e-9),))
+    assert fit_acceptable(population(19), partial) is None
+    assert fit_acceptable(population(20), partial) is not None
 
 
 def test_the_default_requirement_is_fixed_by_clean_scans(fitted) -> None:

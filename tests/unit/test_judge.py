@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from daemon.calibration import SiteCalibration
-from daemon.card import Gate
+from daemon.card import Gate, Knots
 from daemon.judge import ADVICE, GATE_TEXT, GM_ONLY, dominant_artefact, judge
 from daemon.reasons import ADVICE as ADVICE_CODES
 from daemon.reasons import REASONS
@@ -51,6 +51,21 @@ def test_the_table_of_the_two_tests(risk: float, required: float | None, verdict
     found = judge(scores_at(risk), CARD, Rule(required))
     assert found.verdict is verdict
     assert found.required_dice == (required or 0.8)
+
+
+def test_a_fires_above_the_risk_of_scans_that_reach_the_requirement() -> None:
+    """With order statistics in the card the upper bound no longer decides; the reason says on what ground."""
+    table = Knots((0.5, 0.7, 0.8), (-1.0, -2.6, -2.9))
+    card = made_up_card(replace(CALIBRATION, acceptable_risk=table))
+    for risk, required, verdict in (
+        (-2.8, 0.8, Verdict.RESCAN),
+        (-2.7, 0.75, Verdict.RESCAN),
+        (-2.7, 0.7, Verdict.REVIEW),
+        (-2.8, 0.1, Verdict.REVIEW),
+    ):
+        assert judge(scores_at(risk), card, Rule(required)).verdict is verdict, (risk, required)
+    text = judge(scores_at(-2.7), card, Rule(0.75)).reasons[0].text
+    assert text.endswith("0.75 is required. Of scans that reach it, at most 5 % are this uncertain.")
 
 
 def test_every_verdict_says_that_only_grey_matter_is_judged() -> None:

@@ -70,6 +70,19 @@ def test_expected_cross_entropy_is_counted_per_grey_matter() -> None:
     assert math.isfinite(raw_scores(reduce_maps(nothing, head))["cross_entropy_per_gm"])
 
 
+def test_expected_dice_is_that_of_truths_drawn_from_the_probability() -> None:
+    """Oracle: Dice of the predicted mask with 200 truths, every voxel a coin; without grey matter all of it is lost."""
+    head = made_up_head()
+    maps = made_up_maps(head)
+    p = maps.gm_probability[head.native_mask].astype(float)
+    rng = np.random.default_rng(2)
+    drawn = [rng.random(p.shape) < p for _ in range(200)]
+    dice = [2 * (truth & (p > 0.5)).sum() / (truth.sum() + (p > 0.5).sum()) for truth in drawn]
+    assert raw_scores(reduce_maps(maps, head))["expected_dice_loss"] == pytest.approx(1 - np.mean(dice), abs=1e-3)
+    nothing = dataclasses.replace(maps, gm_probability=np.zeros_like(head.image))
+    assert raw_scores(reduce_maps(nothing, head))["expected_dice_loss"] == 1.0
+
+
 def test_volume_is_the_sum_of_probabilities_and_its_error_the_root_of_their_variances() -> None:
     """Oracle: 300 draws of every voxel as a coin, whose volume spreads by that much."""
     head = made_up_head()

@@ -442,7 +442,7 @@ def decision(rows: Sequence[Row], card: Card, resamples: int = RESAMPLES) -> dic
         "sensitivity_with_review": asdict(share(sum(r.verdict != "PASS" for r in poor), len(poor))),
         "clean_rescan": asdict(share(_rescans(clean), len(clean))),
         "clean_not_passed": asdict(share(sum(r.verdict != "PASS" for r in clean), len(clean))),
-        "test_a_on_acceptable": asdict(share(_fired(good, lambda s: test_a(s, required)), len(good))),
+        "test_a_on_acceptable": asdict(share(_fired(good, lambda s: test_a(s, required, calibration)), len(good))),
         "test_b_on_clean": asdict(share(_fired(clean, lambda s: test_b(s, calibration)), len(clean))),
         "dice_mae": error.value,
         "dice_mae_ci": [error.low, error.high],
