@@ -54,7 +54,7 @@ check: $(STAMP)-training
 	@$(BIN)/mypy --no-error-summary
 	@echo "check passed"
 
-bench: $(STAMP)-dev
+bench: $(STAMP)-training
 	@$(BIN)/python -m tests.bench
 
 screenshots: $(STAMP)-dev

@@ -19,8 +19,9 @@ from daemon.words import MAX_SPACING_MM, Array, Refusal, Volume
 SPACING_MM = 2.0
 """Working resolution of the shipped student."""
 
-BUCKETS = ((96, 112, 96), (112, 128, 112))
-"""Network input shapes, (R-L, A-P, S-I) at `SPACING_MM`; the first that holds the head is used."""
+BUCKETS = ((96, 112, 96),)
+"""Network input shapes, (R-L, A-P, S-I) at `SPACING_MM`. One holds every adult's brain; a larger one for larger heads would show more
+neck and air, and the same head would score otherwise in it (docs/decisions/0093)."""
 
 COARSE_MM = 4.0
 ABOVE_VERTEX_MM = 10.0
@@ -33,6 +34,12 @@ HEAD_AND_AIR_ML = 8000.0
 
 MIN_HEAD_ML, MAX_HEAD_ML = 1600.0, 9000.0
 """A brain without its head has 1000 to 1600 ml; a head under the worst spike of the paper still shows 1700 ml."""
+
+DARK_AIR = 0.12
+"""The air around a head is darker than this share of the head, unless noise or a spike fills it."""
+
+FLOOR_SMOOTH_MM = 8.0
+"""Width of the filter under which a head that noise has drowned stands out."""
 
 MIN_WIDTH_MM, MIN_LENGTH_MM = 90.0, 110.0
 OFF_HALF = 0.3
@@ -289,13 +296,19 @@ def tissue_level(image: Array, native: NDArray[np.bool_]) -> float:
     return level
 
 
-def _coarse_cells(canonical: Canonical) -> tuple[Array, NDArray[np.float64], NDArray[np.float64]]:
+def _coarse_cells(
+    canonical: Canonical, voxels: Array | None = None
+) -> tuple[Array, NDArray[np.float64], NDArray[np.float64]]:
     """About 4 mm cells made of whole voxels, anchored in space (not at the field of view's edge).
+
+    Args:
+        canonical: the volume.
+        voxels: what to average in its geometry; None: the intensity itself.
 
     Returns:
         cells, cell size in mm (3,), outer edge of the first cell in mm (3,).
     """
-    cells: Array = canonical.voxels
+    cells: Array = canonical.voxels if voxels is None else voxels
     step = np.maximum(np.round(COARSE_MM / canonical.spacing_mm).astype(int), 1)
     first = np.floor(canonical.start_mm / canonical.spacing_mm + OFF_HALF).astype(int)
     start = canonical.start_mm.copy()
@@ -319,22 +332,61 @@ class _Head:
 
 
 def _coarse_head(canonical: Canonical) -> tuple[_Head, NDArray[np.float64]]:
-    """The largest bright body in the volume, on about 4 mm cells, and the outer edge of its grid."""
+    """The largest bright body in the volume, on about 4 mm cells, and the outer edge of its grid.
+
+    Where it is too small for a head and the air around it is not dark, noise or a spike may have drowned the rest of the
+    head: what lies above that floor is then looked for.
+    """
     cells, cell_mm, start = _coarse_cells(canonical)
     if not np.all(np.isfinite(cells)):
         raise Refusal("bad_pixels", "The image holds values that are not numbers.")
-    smooth = ndimage.gaussian_filter(np.sqrt(np.clip(cells, 0.0, None)), 1.0, mode="nearest")
+    cell_ml = float(np.prod(cell_mm)) / 1000.0
+    body = _largest_body(np.sqrt(np.clip(cells, 0.0, None)), cell_ml)
+    if body.sum() * cell_ml < MIN_HEAD_ML and _floor(cells) > DARK_AIR * float(np.median(cells[body])):
+        drowned = _largest_body(_above_floor(canonical), cell_ml)
+        body = drowned if drowned.sum() * cell_ml >= MIN_HEAD_ML else body
+    return _Head(body, cell_mm), start
+
+
+def _floor(cells: Array) -> float:
+    """Level of the air: the darkest tenth of the field of view (padding of zeros left out) stays below it."""
+    held = cells[cells > 0.0]
+    return float(np.percentile(held, 10.0)) if held.size else 0.0
+
+
+def _above_floor(canonical: Canonical) -> Array:
+    """Signal above the floor, on coarse cells, in the unit of the intensity.
+
+    The powers of signal, noise and spike add (the mean square of a magnitude is S^2 + 2 sigma^2, and S^2 + A^2 over a
+    spike's wavelength), so the floor's power is taken off. Where a spike has long waves their troughs lie below the floor, only
+    where there is signal: the distance from the floor counts, not its sign.
+    """
+    power, cell_mm, _ = _coarse_cells(canonical, np.square(canonical.voxels))
+    rest = np.abs(power - _floor(power))
+    smooth: Array = ndimage.gaussian_filter(rest, FLOOR_SMOOTH_MM / float(cell_mm.mean()), mode="nearest")
+    # What the chance of the noise leaves in the air is taken off as well.
+    above: Array = np.sqrt(np.clip(smooth - _floor(smooth), 0.0, None))
+    return above
+
+
+def _largest_body(brightness: Array, cell_ml: float) -> NDArray[np.bool_]:
+    """The largest body brighter than Otsu's threshold; (I, J, K) bool.
+
+    Raises:
+        Refusal: `no_signal`, `not_a_head`.
+    """
+    smooth = ndimage.gaussian_filter(brightness, 1.0, mode="nearest")
     if not smooth.max() > 0.0:
         raise Refusal("no_signal", "The image is empty: no voxel carries signal.")
-    level = otsu(_brightest(smooth, float(np.prod(cell_mm)) / 1000.0))
+    level = otsu(_brightest(smooth, cell_ml))
     mask = ndimage.binary_opening(smooth > level, iterations=2)
     labels, count = ndimage.label(mask)
     if count == 0:
         raise Refusal("not_a_head", "Nothing as large as a head stands out from the background.")
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    body = ndimage.binary_fill_holes(labels == int(sizes.argmax()))
-    return _Head(np.asarray(body, dtype=bool), cell_mm), start
+    body: NDArray[np.bool_] = np.asarray(ndimage.binary_fill_holes(labels == int(sizes.argmax())), dtype=bool)
+    return body
 
 
 def _brightest(cells: Array, cell_ml: float) -> Array:
@@ -379,7 +431,7 @@ def _find_box(canonical: Canonical, head: _Head, start: NDArray[np.float64]) -> 
     if extent[0] < MIN_WIDTH_MM or extent[1] < MIN_LENGTH_MM:
         raise Refusal("not_a_head", f"The body is {extent[0]:.0f} by {extent[1]:.0f} mm; no head is that small.")
     check_whole(body, top, canonical.voxels, canonical.spacing_mm, canonical.start_mm)
-    shape = next((b for b in BUCKETS if extent[0] <= b[0] * SPACING_MM and extent[1] <= b[1] * SPACING_MM), BUCKETS[-1])
+    shape = BUCKETS[0]
     low_edge = (
         centre[0] - 0.5 * shape[0] * SPACING_MM,
         centre[1] - 0.5 * shape[1] * SPACING_MM,

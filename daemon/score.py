@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from daemon.card import Calibration, Card, Knots
-from daemon.prepare import SPACING_MM, Prepared
+from daemon.prepare import BUCKETS, SPACING_MM, Prepared
 from daemon.words import ARTEFACTS, Array, Maps
 
 VOXEL_ML = SPACING_MM**3 / 1000.0
+BOX_CELLS = math.prod(BUCKETS[0])
+"""What a mean over the box is a mean over, however much of it was acquired: more air around the head makes no better scan
+(docs/decisions/0093)."""
+
 GM_PROBABILITY = 0.5
 REGION_CELLS = 1
 """Growth of the predicted grey matter: artefacts are seen at its borders."""
@@ -81,7 +85,8 @@ SCORES: dict[str, Definition] = {
         "low",
     ),
     "artefact_uncertainty": Definition(
-        "Shaw 2021, Eq. 9: mean over the field of view of the sum of the artefact variances sigma_i^2",
+        "Shaw 2021, Eq. 9: mean over the box around the head (8.3 l) of the sum of the artefact variances sigma_i^2, "
+        "cells outside the acquired field of view counting as 0",
         "1",
         0.0,
         None,
@@ -90,7 +95,8 @@ SCORES: dict[str, Definition] = {
     "artefact_uncertainty_gm": Definition("The same mean over the region around grey matter", "1", 0.0, None, "low"),
     "task_uncertainty": Definition("Mean of sigma_t^2 over the region around grey matter", "1", 0.0, None, "low"),
     "entropy": Definition(
-        "Mean over the field of view of -p ln p - (1-p) ln(1-p), p the temperature-scaled probability",
+        "Mean over the box around the head (8.3 l) of -p ln p - (1-p) ln(1-p), p the temperature-scaled probability, "
+        "cells outside the acquired field of view counting as 0",
         "nat",
         0.0,
         0.6932,
@@ -174,7 +180,6 @@ THIRDS = (
 PROFILES = ("gm", "head", "region", "variance")
 
 SUMS = (
-    "fov_cells",
     "gm_cells",
     "region_cells",
     "head_cells",
@@ -200,7 +205,7 @@ class Reduced:
     """Sums of one scan; the counts are cells of `VOXEL_ML`.
 
     Attributes:
-        fov_cells, gm_cells, region_cells, head_cells: sizes of the four masks.
+        gm_cells, region_cells, head_cells: sizes of the masks.
         artefact_fov, artefact_region: (5,) float64, sums of sigma_i^2.
         task_region: sum of sigma_t^2.
         entropy_fov, entropy_region: sums in nat.
@@ -212,7 +217,6 @@ class Reduced:
         profiles: three (4, n) float64, sums per slice along each axis, rows as in `PROFILES`.
     """
 
-    fov_cells: float
     gm_cells: float
     region_cells: float
     head_cells: float
@@ -339,7 +343,6 @@ def reduce_maps(maps: Maps, prepared: Prepared, affected_variance: float = math.
     p_fov = p[fov].astype(np.float64)
     stack = np.stack([gm, head, region, np.where(region, total, 0)]).astype(np.float32)
     return Reduced(
-        fov_cells=float(fov.sum()),
         gm_cells=float(gm.sum()),
         region_cells=float(region.sum()),
         head_cells=float(head.sum()),
@@ -387,7 +390,7 @@ def score_reduced(reduced: Reduced, prepared: Prepared, card: Card) -> Scores:
 
 def raw_scores(reduced: Reduced) -> dict[str, float]:
     """The scores that need no calibration, keys as in `RAW_SCORES`; all of them, each >= 0."""
-    fov, region = max(reduced.fov_cells, 1.0), max(reduced.region_cells, 1.0)
+    region = max(reduced.region_cells, 1.0)
     # Expected cross entropy: the entropy is what the segmentation admits, half the artefacts' variance what they add (at
     # the minimum of Eq. 4, sigma^2 = 2 CE). Per grey matter, as Dice is: a tighter box makes no better scan.
     doubt = reduced.entropy_fov + float(reduced.artefact_fov.sum()) / 2.0
@@ -395,10 +398,10 @@ def raw_scores(reduced: Reduced) -> dict[str, float]:
     expected_dice = 2.0 * reduced.gm_sum_inside / max(reduced.gm_cells + reduced.gm_sum, TINY)
     per_artefact = reduced.artefact_region / region
     return {
-        "artefact_uncertainty": float(reduced.artefact_fov.sum() / fov),
+        "artefact_uncertainty": float(reduced.artefact_fov.sum() / BOX_CELLS),
         "artefact_uncertainty_gm": float(per_artefact.sum()),
         "task_uncertainty": reduced.task_region / region,
-        "entropy": reduced.entropy_fov / fov,
+        "entropy": reduced.entropy_fov / BOX_CELLS,
         "entropy_gm": reduced.entropy_region / region,
         "cross_entropy_per_gm": doubt / max(reduced.gm_sum, 1.0),
         "expected_dice_loss": max(1.0 - expected_dice, 0.0),

@@ -41,7 +41,7 @@ class Reducer(nn.Module):
     """Sums over masks and along slices.
 
     Forward takes the image and the three outputs of the graph, `masks` (1, 2, D, H, W) float32 with the field of view and the
-    head as 0 and 1, and `affected_variance` (1,). Returns `sums` (17,) in the order of `daemon.score.SUMS`, `artefacts` (2, 5)
+    head as 0 and 1, and `affected_variance` (1,). Returns `sums` (16,) in the order of `daemon.score.SUMS`, `artefacts` (2, 5)
     over the field of view and the region, and one profile (4, n) per axis.
     """
 
@@ -72,7 +72,7 @@ class Reducer(nn.Module):
         affected = gm * (total > affected_variance).float()
         summed = torch.cat(
             [
-                fov, gm, region, head, task_variance * region, entropy * fov, entropy * region, p * fov, p * gm,
+                gm, region, head, task_variance * region, entropy * fov, entropy * region, p * fov, p * gm,
                 p * (1.0 - p) * fov, torch.maximum(p, 1.0 - p) * head, gm * image, gm * image * image, ring, bright,
                 bright * image, affected,
             ],

@@ -145,6 +145,44 @@ def test_what_is_no_head_is_refused(head: Volume, spoil, code: str) -> None:
     assert refusal.value.reason.code == code
 
 
+def small_bright_brain() -> Volume:
+    """A head whose brain alone (1450 ml) is bright: what noise leaves of it is too small for a head."""
+    head = make_head()
+    i, j, k = (np.indices(head.voxels.shape) * 1.5).astype(np.float32) - 90.0
+    brain = (i / 62) ** 2 + ((j - 20) / 80) ** 2 + ((k - 60) / 70) ** 2 < 1
+    return Volume((head.voxels * np.where(brain, 1.0, 0.45)).astype(np.float32), head.affine)
+
+
+def spoilt(volume: Volume, noise: float, spike: float) -> Volume:
+    """Complex noise, and a spike of high frequency, in units of the tissue's 240."""
+    rng = np.random.default_rng(3)
+    parts = rng.normal(0.0, 240.0 * noise, (2, *volume.voxels.shape)) if noise else np.zeros((2, 1, 1, 1))
+    i, j, k = np.indices(volume.voxels.shape)
+    wave = 240.0 * spike * np.exp(1j * (2.1 * i + 1.3 * j + 0.4 * k))
+    voxels = np.abs(volume.voxels + parts[0] + 1j * parts[1] + wave)
+    return Volume(voxels.astype(np.float32), volume.affine)
+
+
+@pytest.mark.parametrize(("noise", "spike"), [(0.5, 0.0), (1.0, 0.0), (1.5, 0.0), (0.0, 0.5), (0.0, 1.5), (0.0, 4.0)])
+def test_a_drowned_head_is_found(noise: float, spike: float) -> None:
+    """Noise or a spike stronger than the dimmer half of the head moves the box by less than 25 mm."""
+    head = small_bright_brain()
+    moved = np.subtract(prepare(spoilt(head, noise, spike)).box.start_mm, prepare(head).box.start_mm)
+    assert np.abs(moved).max() < 25.0, moved
+
+
+def test_noise_makes_no_head_of_a_brain() -> None:
+    """A brain without its skull stays refused, in the clear and in noise."""
+    head = make_head()
+    i, j, k = (np.indices(head.voxels.shape) * 1.5).astype(np.float32) - 90.0
+    brain = (i / 55) ** 2 + ((j - 20) / 75) ** 2 + ((k - 60) / 65) ** 2 < 1
+    stripped = Volume(np.where(brain, head.voxels, 0.0).astype(np.float32), head.affine)
+    for noise in (0.0, 0.3, 1.0, 2.5):
+        with pytest.raises(Refusal) as refusal:
+            prepare(spoilt(stripped, noise, 0.0))
+        assert refusal.value.reason.code == "not_a_head"
+
+
 def test_canonical_axes_are_right_handed_where_the_source_is(head: Volume) -> None:
     """Permuting and flipping to RAS keeps the world position of every voxel."""
     source = restore(head, (-3, 2, -1))
