@@ -70,7 +70,8 @@ def _add_data(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--data",
         default="builtin",
-        help="a packed file, a folder of label maps, a CSV manifest of real scans, or builtin (the default)",
+        help="a packed file, a folder of label maps, a CSV manifest of real scans, or builtin (the default); "
+        "several joined by +, as in labels.xz+builtin",
     )
 
 
@@ -95,13 +96,12 @@ def grow_bank(data: str, out: Path, profile_name: str, worker: int = 0, workers:
     from tqdm import tqdm
 
     from training import kspace
-    from training.anatomy import load_subjects
     from training.bank import grow
     from training.cascade import find_profile
 
     profile = find_profile(profile_name)
     ranges = kspace.PAPER if profile.ranges == "paper" else kspace.PRODUCT
-    groups = split_subjects(load_subjects(data))
+    groups = split_data(data)
     for number, (split, cases) in enumerate((("train", profile.train_cases), ("val", profile.validation_cases))):
         grow(
             out / split,
@@ -114,6 +114,14 @@ def grow_bank(data: str, out: Path, profile_name: str, worker: int = 0, workers:
             workers,
             progress=lambda items, name=split: tqdm(items, desc=f"bank {name}", unit="head"),
         )
+
+
+def split_data(data: str) -> dict[str, list]:  # type: ignore[type-arg]
+    """Subjects by split of what `--data` names; of several sources joined by + each is split by itself."""
+    from training.anatomy import load_subjects
+
+    groups = [split_subjects(load_subjects(source)) for source in data.split("+")]
+    return {split: [subject for group in groups for subject in group[split]] for split in groups[0]}
 
 
 def split_subjects(subjects: list) -> dict[str, list]:  # type: ignore[type-arg]

@@ -62,7 +62,7 @@ SIMPLE_IS_WORTH = 0.02
 MIN_BIN_SCANS = 60
 MAX_BINS = 5
 COMBINATION_GAIN = 0.05
-"""A combination of scores replaces a single one only where it lowers the error of predicted Dice by this share."""
+"""Another score, or a combination, replaces the first one only where it lowers the error of predicted Dice by this share."""
 
 GATE_MARGIN = 0.1
 """A gate lies this share of the heads' own range beyond the outermost head of the calibration."""
@@ -325,8 +325,9 @@ def required_dice(heads: Iterable[Sample]) -> float:
     return round(float(np.percentile(clean, REQUIRED_PERCENTILE)) - REQUIRED_MARGIN, 4)
 
 
-SINGLES = ("expected_dice_loss", "cross_entropy_per_gm", "artefact_uncertainty", "artefact_uncertainty_gm")
-"""Scores that may be the risk by themselves."""
+SINGLES = ("cross_entropy_per_gm", "expected_dice_loss", "artefact_uncertainty", "artefact_uncertainty_gm")
+"""Scores that may be the risk by themselves. The first is it unless another is clearly better: it alone holds both what the
+segmentation admits and what the artefacts add (docs/decisions/0090)."""
 
 
 @dataclass(frozen=True)
@@ -340,11 +341,13 @@ class _Partial:
 
 
 def choose_risk(fit: Sequence[Sample]) -> tuple[Term, ...]:
-    """One score, or a combination with weights >= 0 where that predicts Dice clearly better on heads left out."""
+    """The first of `SINGLES`, or another score or a combination that predicts Dice clearly better on heads left out."""
     floors = {name: max(0.1 * float(np.percentile([s.raw[name] for s in fit], 5)), 1e-9) for name in RAW_SCORES}
     singles = {name: (Term(name, 1.0, floors[name]),) for name in SINGLES}
     errors = {name: cross_validated_error(fit, terms) for name, terms in singles.items()}
     best = min(errors, key=lambda name: errors[name])
+    if errors[best] >= (1.0 - COMBINATION_GAIN) * errors[SINGLES[0]]:
+        best = SINGLES[0]
     combined = combine_scores(fit, floors)
     if combined and cross_validated_error(fit, None, floors) < (1.0 - COMBINATION_GAIN) * errors[best]:
         return combined

@@ -19,7 +19,7 @@ from typing import Any
 
 from daemon.card import Calibration, Card, CardError, parse_calibration, read_model
 from daemon.words import ARTEFACTS
-from training.anatomy import Source, load_subjects
+from training.anatomy import Source
 from training.calibrate import write_samples
 from training.evaluation import analysis, figures, report
 from training.evaluation.analysis import Row
@@ -332,7 +332,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _command(args: argparse.Namespace) -> int:
-    from training.__main__ import split_subjects
+    from training.__main__ import split_data
 
     sets = tuple(s for s in args.sets.split(",") if s)
     unknown = sorted(set(sets) - set(SETS))
@@ -341,7 +341,7 @@ def _command(args: argparse.Namespace) -> int:
     plan = Plan(
         student=args.student,
         teachers=args.teachers,
-        sources=split_subjects(load_subjects(args.data)),
+        sources=split_data(args.data),
         shared=args.shared,
         out=args.out,
         scratch=args.scratch or args.out / "scratch",

@@ -28,15 +28,14 @@ def demo(pictures: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_scan_gets_its_verdict(demo: subprocess.CompletedProcess[str], pictures: Path) -> None:
-    """Three scans are pushed, judged and drawn; the clean one passes, the spike must be repeated, motion is no PASS."""
-    assert demo.returncode in {0, 1}, demo.stderr
+    """Three scans are pushed, judged and drawn; the clean one passes, the other two must be repeated."""
     parts = demo.stdout.split("\n\n")[0]
     assert parts.count("from the last image to the verdict") == 3, f"{demo.stdout}\n{demo.stderr}"
     clean, rest = parts.split("2. motion scan")
     motion, spike = rest.split("3. spike scan")
     assert "PASS (as expected)" in clean
-    assert "verdict         PASS" not in motion
-    assert "verdict         RESCAN" in spike
+    assert "RESCAN (as expected)" in motion
+    assert "RESCAN (as expected)" in spike
     assert sorted(file.name for file in pictures.glob("*.png")) == ["1-clean.png", "2-motion.png", "3-spike.png"]
     assert all(file.stat().st_size > 20_000 for file in pictures.glob("*.png"))
 
@@ -46,9 +45,6 @@ def test_status_tells_whether_all_was_right(demo: subprocess.CompletedProcess[st
     assert (demo.returncode == 0) == (demo.stdout.count("(as expected)") == 3)
 
 
-@pytest.mark.xfail(
-    reason="motion of 2.2 mm is REVIEW, and the spike is taken for noise (docs/student.md)", strict=False
-)
 def test_all_three_are_right(demo: subprocess.CompletedProcess[str]) -> None:
     """Clean is PASS, motion and spike are RESCAN for that artefact."""
     assert demo.returncode == 0, demo.stdout

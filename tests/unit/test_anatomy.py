@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed: training tests need the training extra")
 
 from training import anatomy as an  # noqa: E402
+from training.__main__ import split_data  # noqa: E402
 
 
 @pytest.fixture
@@ -118,3 +120,15 @@ def test_real_head_is_read(tmp_path: Path) -> None:
     head = an.read_real(an.RealScan("x", tmp_path / "t1.nii", tmp_path / "seg.nii"))
     assert head.grey.voxels.sum() == 2 * 64
     assert head.white.voxels.sum() == 64
+
+
+def test_sources_joined_by_plus_are_split_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source gives to every split; an unknown one of five heads is cut 3, 1, 0, 1."""
+    monkeypatch.setattr(an, "load_subjects", lambda name: [SimpleNamespace(name=f"{name}{i}") for i in range(5)])
+    groups = {split: [s.name for s in subjects] for split, subjects in split_data("a+b").items()}
+    assert groups == {
+        "train": ["a0", "a1", "a2", "b0", "b1", "b2"],
+        "val": ["a3", "b3"],
+        "calibrate": [],
+        "test": ["a4", "b4"],
+    }

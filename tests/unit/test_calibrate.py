@@ -25,6 +25,7 @@ from training.calibrate import (
     CalibrationImpossible,
     Sample,
     _Partial,
+    choose_risk,
     decide,
     fit_acceptable,
     fit_alarm,
@@ -122,6 +123,21 @@ def test_scans_that_reach_the_requirement_are_seldom_accused(fitted) -> None:
         poor = [d for s, d in new if s.dice < required]
         high = [next(b.high for b in fitted.bounds if d["risk"] <= b.risk_upto) + d["predicted_dice"] for d in poor]
         assert sum(d["risk"] > limit for d in poor) > sum(h < required for h in high)
+
+
+@pytest.mark.parametrize(("spread", "chosen"), [(0.05, "cross_entropy_per_gm"), (0.5, "expected_dice_loss")])
+def test_another_score_must_be_clearly_better(spread: float, chosen: str) -> None:
+    """The score that holds the artefacts' parts is the risk, also where one without them is as good; not where it is poor."""
+    rng = np.random.default_rng(4)
+    told = []
+    for s in population():
+        lost, luck = 1.0 - s.dice, rng.normal()
+        scores = {
+            "cross_entropy_per_gm": lost * float(np.exp(spread * luck)),
+            "expected_dice_loss": lost * float(np.exp(0.049 * luck)),
+        }
+        told.append(replace(s, raw=s.raw | scores))
+    assert [t.score for t in choose_risk(told)] == [chosen]
 
 
 def test_too_few_scans_leave_test_a_to_the_bounds() -> None:

@@ -46,11 +46,11 @@ GOALS: dict[str, float] = {
 
 MAIN = "artefact_uncertainty"
 MEASURES: dict[str, tuple[str, int]] = {
-    "artefact_uncertainty": ("Artefact uncertainty, Eq. 9, field of view", 1),
+    "artefact_uncertainty": ("Artefact uncertainty, Eq. 9, the box around the head", 1),
     "artefact_uncertainty_gm": ("Artefact uncertainty around grey matter", 1),
     "risk": ("Calibrated risk (what the verdict uses)", 1),
     "task_uncertainty": ("Task variance", 1),
-    "entropy": ("Mean entropy, field of view", 1),
+    "entropy": ("Mean entropy, the box around the head", 1),
     "entropy_gm": ("Mean entropy around grey matter", 1),
     "scaled_entropy": ("Mean entropy of the scaled logits (paper)", 1),
     "ensemble_dice": ("Pairwise Dice of the ensemble", -1),
