@@ -49,11 +49,14 @@ def test_motion_ghosts_along_the_phase_direction(volume: Volume) -> None:
 
 
 def test_mean_displacement() -> None:
-    """A shift is its own displacement; a turn moves points on a sphere by the root of 2/3 of angle times radius."""
+    """A shift is its own displacement; a turn moves points on a sphere by the root of 2/3 of angle times radius.
+
+    The demo's own lies in the middle of the published trajectories, whose median is 6.4 mm.
+    """
     assert mean_displacement_mm((Pose(0.0, 0.0, 3.0, 4.0),)) == pytest.approx(5.0)
     turn = mean_displacement_mm((Pose(0.0, 2.0, 0.0, 0.0),))
     assert turn == pytest.approx(np.sqrt(2 / 3) * np.deg2rad(2.0) * 64.0)
-    assert 1.0 < mean_displacement_mm() < 3.0
+    assert 5.8 < mean_displacement_mm() < 7.0
 
 
 def test_spike_is_one_sample(volume: Volume) -> None:

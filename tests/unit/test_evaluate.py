@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from daemon.prepare import prepare
-from daemon.score import SUMS, Reduced
+from daemon.score import BOX_CELLS, SUMS, Reduced
 from daemon.words import ARTEFACTS, Maps, Volume
 from export.golden import formula_head
 from tests.model_builders import made_up_calibration
@@ -253,7 +253,8 @@ def test_a_network_is_run_once_per_scan(tmp_path: Path) -> None:
     assert first == again
     blurred = first["a-00-blur"]
     assert blurred.sample.clean_dice == first["a-00-clean"].sample.dice
-    assert blurred.sample.raw["artefact_uncertainty"] == pytest.approx(0.5)
+    acquired = calls[0].native_mask.sum() / BOX_CELLS
+    assert blurred.sample.raw["artefact_uncertainty"] == pytest.approx(0.5 * acquired)
     assert reduced_of(blurred).artefact_fov.shape == (5,)
     assert blurred.reference_snr is not None
     assert blurred.reference_snr > 1

@@ -11,6 +11,7 @@ from scipy import ndimage, stats
 
 from daemon.card import Bound
 from daemon.score import (
+    BOX_CELLS,
     RAW_SCORES,
     SCORES,
     VOXEL_ML,
@@ -27,12 +28,12 @@ from tests.model_builders import made_up_calibration, made_up_card, made_up_head
 
 
 def test_eq9_is_the_mean_of_the_summed_variances_over_the_box() -> None:
-    """Oracle: zeros outside the field of view, and plain means; what lies in the padding never counts."""
+    """Oracle: plain sums over native cells, over the cells of the box; what lies in the padding never counts."""
     head = made_up_head()
     maps = made_up_maps(head)
     maps.artefact_variance[:, ~head.native_mask] = 1e3
-    values = [np.where(head.native_mask, maps.artefact_variance[i], 0.0) for i in range(5)]
-    expected = sum(float(np.mean(v, dtype=np.float64)) for v in values)
+    values = [maps.artefact_variance[i][head.native_mask] for i in range(5)]
+    expected = sum(float(np.sum(v, dtype=np.float64)) for v in values) / BOX_CELLS
     assert score_maps(maps, head, made_up_card()).flat()["artefact_uncertainty"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -54,7 +55,7 @@ def test_entropy_is_that_of_a_bernoulli_variable() -> None:
     head = made_up_head()
     maps = made_up_maps(head)
     p = maps.gm_probability[head.native_mask].astype(float)
-    expected = stats.entropy(np.stack([p, 1 - p])).sum() / head.image.size
+    expected = stats.entropy(np.stack([p, 1 - p])).sum() / BOX_CELLS
     assert raw_scores(reduce_maps(maps, head))["entropy"] == pytest.approx(expected, rel=1e-3)
 
 
