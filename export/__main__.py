@@ -11,6 +11,7 @@ from pathlib import Path
 from daemon import NOTICE, __version__
 from daemon.card import CardError
 from daemon.engines import PRECISIONS, EngineError
+from daemon.words import Verdict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,6 +92,11 @@ def _onnx(args: argparse.Namespace) -> int:
         f"calibration {'inside' if card.calibration else 'none: it cannot be served yet'}",
         file=sys.stderr,
     )
+    if card.golden is not None and card.calibration is not None and card.golden.verdict == Verdict.CANNOT_JUDGE:
+        print(
+            "the golden case is refused, so its verdict tells engines apart less well; export with --anatomy builtin",
+            file=sys.stderr,
+        )
     return 0
 
 
