@@ -126,7 +126,7 @@ class Calibration:
         gates: refusal rules of the image.
         samples: how many scans, subjects and which seeds it was fitted with.
         acceptable_risk: required Dice -> the risk above which Test A fires, falling: an order statistic of the scans that
-            reach this Dice. None: Test A compares the upper bound of predicted Dice instead.
+            reach this Dice. Beyond its end, and where it is None, Test A compares the upper bound of predicted Dice instead.
     """
 
     population: str

@@ -195,13 +195,15 @@ def test_a(scores: Scores, required_dice: float, calibration: Calibration, site:
     """Whether the scan looks worse than those that reach the requirement.
 
     Fires on an acceptable scan with at most the probability `Calibration.bound_rate`, in the population of the calibration.
-    Where a site knows Dice, or the card has no order statistics, the upper bound of predicted Dice is compared instead.
+    Where a site knows Dice, or too few scans of the calibration reach the requirement for an order statistic, the upper bound
+    of predicted Dice is compared instead.
     """
     if site is not None and site.dice_high is not None:
         return scores.values["predicted_dice"] + site.dice_high < required_dice
-    if calibration.acceptable_risk is None:
+    table = calibration.acceptable_risk
+    if table is None or required_dice > table.x[-1]:
         return scores.values["predicted_dice_high"] < required_dice
-    return scores.risk is not None and scores.risk > interpolate(calibration.acceptable_risk, required_dice)
+    return scores.risk is not None and scores.risk > interpolate(table, required_dice)
 
 
 def test_b(scores: Scores, calibration: Calibration, site: SiteCalibration | None = None) -> bool:
@@ -273,7 +275,7 @@ def _test_reasons(
         reasons.append(Reason("dice_below_required", text))
     if unusual:
         rate = calibration.alarm_rate if site is None else site.alarm_rate
-        text = f"Its artefact uncertainty is higher than that of {100 * (1 - rate):.0f} % of clean scans."
+        text = f"It is more uncertain than {100 * (1 - rate):.0f} % of clean scans."
         reasons.append(Reason("worse_than_clean", text))
     if not reasons:
         reasons.append(

@@ -44,7 +44,7 @@ REFUSALS: dict[str, str] = {
 VERDICT_REASONS: dict[str, str] = {
     "good_enough": "The grey-matter segmentation of this scan is predicted to be good enough.",
     "dice_below_required": "The grey-matter segmentation of this scan is predicted to miss the requirement.",
-    "worse_than_clean": "The artefact uncertainty is higher than that of clean scans.",
+    "worse_than_clean": "The scan is more uncertain than nearly all clean scans.",
     "incomplete": "Fewer images have come than the header announces.",
     "grey_matter_only": "Only grey matter is judged.",
     "artefact_noise": "It looks most like noise.",

@@ -92,7 +92,7 @@ def _onnx(args: argparse.Namespace) -> int:
         f"calibration {'inside' if card.calibration else 'none: it cannot be served yet'}",
         file=sys.stderr,
     )
-    if card.golden is not None and card.calibration is not None and card.golden.verdict == Verdict.CANNOT_JUDGE:
+    if card.golden is not None and card.golden.verdict == Verdict.CANNOT_JUDGE:
         print(
             "the golden case is refused, so its verdict tells engines apart less well; export with --anatomy builtin",
             file=sys.stderr,

@@ -25,7 +25,7 @@ from daemon.pictures import Pictures
 
 TEXTS = {
     "PASS": ("good_enough", "The grey-matter segmentation of this scan is predicted to reach a Dice of 0.93."),
-    "REVIEW": ("worse_than_clean", "Its artefact uncertainty is higher than that of 99 % of clean scans."),
+    "REVIEW": ("worse_than_clean", "It is more uncertain than 99 % of clean scans."),
     "RESCAN": (
         "dice_below_required",
         "The grey-matter segmentation of this scan is predicted to reach a Dice of 0.74.",

@@ -68,6 +68,13 @@ def test_a_fires_above_the_risk_of_scans_that_reach_the_requirement() -> None:
     assert text.endswith("0.75 is required. Of scans that reach it, at most 5 % are this uncertain.")
 
 
+def test_more_than_the_table_knows_is_asked_of_the_upper_bound() -> None:
+    """Dice 0.90 (at most 0.95) is no PASS where 0.96 is required, though no scan of the calibration shows the risk for it."""
+    card = made_up_card(replace(CALIBRATION, acceptable_risk=Knots((0.5, 0.7, 0.8), (-1.0, -2.6, -2.9))))
+    verdicts = {required: judge(scores_at(-4.0), card, Rule(required)).verdict for required in (0.8, 0.9, 0.96)}
+    assert verdicts == {0.8: Verdict.PASS, 0.9: Verdict.PASS, 0.96: Verdict.REVIEW}
+
+
 def test_every_verdict_says_that_only_grey_matter_is_judged() -> None:
     """The last reason of PASS, REVIEW and RESCAN."""
     for risk in (-4.0, -2.9, -1.0):
